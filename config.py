@@ -1,0 +1,158 @@
+"""Settings: read once from the environment, frozen, every mistake reported at once.
+
+Each field `name` is the variable `TIDEGATE_NAME`. Durations are seconds, sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import environs
+from marshmallow import validate
+
+SECOND = 1.0
+KIB = 1024
+MIB = 1024 * KIB
+
+
+class ConfigError(ValueError):
+    """One or more settings are missing or wrong; the message lists them all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One deployment's settings. Built by `load`; tests build their own."""
+
+    # Stores
+    database_url: str
+    redis_url: str
+    objects_url: str
+    """Where outputs and files live: `file:///absolute/folder`."""
+    secret: str
+    """Key for job-id signatures and API-key digests; the same in every process."""
+
+    # Broker
+    broker_url: str = ""
+    """Empty: the Redis of `redis_url`."""
+    namespace: str = "tidegate"
+    """Prefix of every Redis key and broker queue of this deployment."""
+    monitoring: bool = True
+    """Send Celery task events and answer remote control (Flower, `celery inspect`)."""
+
+    # Worker
+    group: str = "default"
+    """The worker group that serves requests where nothing else says so."""
+    triton_url: str = "127.0.0.1:8001"
+    """gRPC address of the Triton server of GPU worker `--gpu none`; `{gpu}` is replaced."""
+    realtime_slots: int = 16
+    """Realtime messages one GPU worker runs at a time. Batch work never takes these."""
+    batch_slots: int = 4
+    """Batch hints one GPU worker runs at a time."""
+
+    # Ledger
+    lease: float = 30.0
+    """A claimed chunk that is silent this long belongs to whoever claims it next."""
+    max_attempts: int = 3
+    """Claims of one chunk, crashes included, before it is a dead letter."""
+    sweep_interval: float = 1.0
+    hint_timeout: float = 10.0
+    """A released chunk nobody claimed for this long is released again."""
+    pump_credit: int = 4096
+    """Items per group that may wait in the broker: a few seconds of work."""
+    chunk_items: int = 256
+    """Most lines of a batch file in one chunk."""
+    chunk_bytes: int = 4 * MIB
+    """Most input bytes in one chunk (a longer single line is a chunk of its own)."""
+    max_batch_lines: int = 1_000_000
+    max_line_bytes: int = 32 * MIB
+    inline_bytes: int = 32 * KIB
+    """Inputs and results up to this size stay in Postgres; larger ones go to the object store."""
+    job_deadline: float = 24 * 3600.0
+    """Default time from accept to a terminal state."""
+
+    # Gateway
+    max_body_bytes: int = 64 * MIB
+    """Most bytes of a request body, before and after inflating."""
+    max_file_bytes: int = 512 * MIB
+    realtime_timeout: float = 30.0
+    """Default deadline of a realtime request."""
+    max_realtime_timeout: float = 300.0
+    max_wait: float = 60.0
+    """Most seconds of `Prefer: wait=n`."""
+    coalesce_window: int = 3
+    """Messages in flight per gateway process and model before requests gather in the next one."""
+    coalesce_items: int = 64
+    """Most requests in one message."""
+    catalog_ttl: float = 5.0
+    """How long a gateway trusts what a worker said about a model."""
+    key_ttl: float = 15.0
+    """How long a gateway trusts an API key it has checked: the most a revocation lags."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            message
+            for broken, message in (
+                (len(self.secret) < 16, "TIDEGATE_SECRET: at least 16 characters"),
+                (
+                    self.lease < 2 * self.sweep_interval,
+                    "TIDEGATE_LEASE: at least two sweep intervals, or live work is swept",
+                ),
+                (
+                    not self.objects_url.startswith("file:///"),
+                    "TIDEGATE_OBJECTS_URL: file:///absolute/folder is what this version stores to",
+                ),
+                (
+                    self.realtime_timeout > self.max_realtime_timeout,
+                    "TIDEGATE_REALTIME_TIMEOUT: more than TIDEGATE_MAX_REALTIME_TIMEOUT",
+                ),
+            )
+            if broken
+        ]
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    @property
+    def broker(self) -> str:
+        return self.broker_url or self.redis_url
+
+    @property
+    def objects_path(self) -> Path:
+        return Path(self.objects_url.removeprefix("file://"))
+
+    def triton_address(self, gpu: str) -> str:
+        """The Triton of one GPU: `127.0.0.1:80{gpu}1` on GPU 2 is `127.0.0.1:8021`."""
+        return self.triton_url.replace("{gpu}", "0" if gpu == "none" else gpu)
+
+
+_POSITIVE = validate.Range(min=0, min_inclusive=False)
+_READERS = {"str": "str", "int": "int", "float": "float", "bool": "bool"}
+
+
+def load(**overrides: object) -> Settings:
+    """Settings from `TIDEGATE_*`, checked together. Keyword arguments win over the environment."""
+    env = environs.Env(eager=False, prefix="TIDEGATE_")
+    values: dict[str, object] = {}
+    for field in Settings.__dataclass_fields__.values():
+        if field.name in overrides:
+            values[field.name] = overrides[field.name]
+            continue
+        read = getattr(env, _READERS[str(field.type)])
+        required = field.name in ("database_url", "redis_url", "objects_url", "secret")
+        checks = {"validate": _POSITIVE} if field.type in ("int", "float") else {}
+        name = field.name.upper()
+        values[field.name] = (
+            read(name, **checks) if required else read(name, field.default, **checks)
+        )
+    try:
+        env.seal()
+        return Settings(**values)  # type: ignore[arg-type]
+    except environs.EnvValidationError as error:
+        raise ConfigError(str(error)) from error
+
+
+@functools.cache
+def settings() -> Settings:
+    """This process's settings, read the first time somebody asks."""
+    return load()

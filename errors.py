@@ -1,0 +1,146 @@
+"""Every error Tidegate raises on purpose.
+
+TidegateError
+├── BadRequest               the client sent something we will never accept
+│   ├── BadBody              the body is not what its headers say (framing, JSON, compression)
+│   ├── BadTensor            a tensor does not fit the model; names the tensor
+│   └── Unsupported          a legal request for something we do not do
+├── Unauthenticated          no key, or a key we do not know
+├── Forbidden                a known key that may not do this
+├── NotFound
+│   └── ModelNotFound        unknown model or version
+├── Conflict                 the object is in a state that forbids this
+├── Gone                     it existed, and its retention is over
+├── TooLarge                 over a size limit
+├── Unavailable              try again later; carries the seconds to wait
+│   └── ModelNotReady        the model server is down, or the model is not loaded
+├── DeadlineExceeded         the time the client gave is over
+├── Cancelled                the client, or the ledger on its behalf, called it off
+├── ModelFailed              the model itself answered with an error
+└── Stale                    a fencing token that somebody newer has replaced
+
+An error carries a stable `code`, whether a later try may succeed (`retryable`), and the
+parameter it is about. What it means in HTTP is said once, in `web/error_handlers.py`.
+Errors cross the queue as `to_wire()` / `from_wire()`; unknown codes come back as the root.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class TidegateError(Exception):
+    """The root. `message` is written for the client and never holds a traceback."""
+
+    code: ClassVar[str] = "internal"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None):
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.message, self.param, self.retry_after))
+
+    def to_wire(self) -> dict[str, Any]:
+        """This error as a JSON object for the queue and the ledger."""
+        wire: dict[str, Any] = {"code": self.code, "message": self.message}
+        if self.param is not None:
+            wire["param"] = self.param
+        if self.retry_after is not None:
+            wire["retry_after"] = self.retry_after
+        return wire
+
+
+def _rebuild(
+    cls: type[TidegateError], message: str, param: str | None, retry_after: float | None
+) -> TidegateError:
+    return cls(message, param=param, retry_after=retry_after)
+
+
+class BadRequest(TidegateError):
+    code = "bad_request"
+
+
+class BadBody(BadRequest):
+    code = "bad_body"
+
+
+class BadTensor(BadRequest):
+    code = "bad_tensor"
+
+
+class Unsupported(BadRequest):
+    code = "unsupported"
+
+
+class Unauthenticated(TidegateError):
+    code = "unauthenticated"
+
+
+class Forbidden(TidegateError):
+    code = "forbidden"
+
+
+class NotFound(TidegateError):
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+
+
+class Conflict(TidegateError):
+    code = "conflict"
+
+
+class Gone(TidegateError):
+    code = "gone"
+
+
+class TooLarge(TidegateError):
+    code = "too_large"
+
+
+class Unavailable(TidegateError):
+    code = "unavailable"
+    retryable = True
+
+
+class ModelNotReady(Unavailable):
+    code = "model_not_ready"
+
+
+class DeadlineExceeded(TidegateError):
+    code = "deadline_exceeded"
+
+
+class Cancelled(TidegateError):
+    code = "cancelled"
+
+
+class ModelFailed(TidegateError):
+    code = "model_failed"
+
+
+class Stale(TidegateError):
+    code = "stale"
+
+
+def _tree(cls: type[TidegateError]) -> list[type[TidegateError]]:
+    return [cls, *(found for child in cls.__subclasses__() for found in _tree(child))]
+
+
+BY_CODE: dict[str, type[TidegateError]] = {cls.code: cls for cls in _tree(TidegateError)}
+
+
+def from_wire(wire: dict[str, Any]) -> TidegateError:
+    """The error that `to_wire` wrote."""
+    cls = BY_CODE.get(str(wire.get("code")), TidegateError)
+    return cls(
+        str(wire.get("message", "unknown error")),
+        param=wire.get("param"),
+        retry_after=wire.get("retry_after"),
+    )

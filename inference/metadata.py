@@ -1,0 +1,138 @@
+"""What a model declares, and whether a request fits it.
+
+The check runs in the gateway, so that a request no model would take never enters a queue, and
+it is as strict as Triton's own. Two differences, both on the safe side: a tensor of no elements
+is refused, and BYTES data is walked to its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from errors import BadTensor
+from inference.tensors import InferRequest, Tensor, check_raw, check_shape
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One declared input or output. `shape` includes the batch dimension; -1 is any size."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """One version of a model, as its server describes it."""
+
+    name: str
+    version: str
+    platform: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    max_batch_size: int = 0
+    """Most rows in one request; 0: the model has no batch dimension."""
+    sequence: bool = False
+    """The model keeps state between requests (`sequence_batching`)."""
+    decoupled: bool = False
+    """The model answers a request any number of times; not served by a single call."""
+
+    @classmethod
+    def parse(cls, metadata: Mapping[str, Any], config: Mapping[str, Any]) -> ModelSpec:
+        """A spec from the JSON of Triton's metadata and config endpoints.
+
+        Shapes come from the metadata: there they have the batch dimension and any `reshape` in
+        them. `version` is the newest that the metadata lists.
+        """
+        optional = {
+            entry["name"] for entry in config.get("input", ()) if entry.get("optional", False)
+        }
+        policy = config.get("model_transaction_policy") or {}
+        return cls(
+            name=metadata["name"],
+            version=max(metadata.get("versions", ()), key=_version_order, default=""),
+            platform=metadata.get("platform", ""),
+            inputs=_specs(metadata.get("inputs", ()), optional),
+            outputs=_specs(metadata.get("outputs", ()), frozenset()),
+            max_batch_size=int(config.get("max_batch_size", 0)),
+            sequence="sequence_batching" in config,
+            decoupled=bool(policy.get("decoupled", False)),
+        )
+
+
+def check(request: InferRequest, spec: ModelSpec) -> None:
+    """Raise BadTensor, naming the tensor, unless the model would take this request."""
+    declared = {tensor.name: tensor for tensor in spec.inputs}
+    given = [tensor.name for tensor in request.inputs]
+    for name in given:
+        if name not in declared:
+            raise _bad(name, f"is not an input of model {spec.name!r}", declared)
+        if given.count(name) > 1:
+            raise _bad(name, "is given more than once")
+    for wanted in spec.inputs:
+        if not wanted.optional and wanted.name not in given:
+            raise _bad(wanted.name, f"is missing; model {spec.name!r} requires it")
+    for tensor in request.inputs:
+        _check_tensor(tensor, declared[tensor.name])
+    if spec.max_batch_size > 0:
+        _check_batch(request, spec)
+    outputs = {tensor.name for tensor in spec.outputs}
+    for name in request.outputs:
+        if name not in outputs:
+            raise _bad(name, f"is not an output of model {spec.name!r}", outputs)
+
+
+def _check_tensor(tensor: Tensor, spec: TensorSpec) -> None:
+    if tensor.datatype != spec.datatype:
+        raise _bad(tensor.name, f"is {tensor.datatype}; the model takes {spec.datatype}")
+    check_shape(tensor.shape, tensor=tensor.name)
+    fits = len(tensor.shape) == len(spec.shape) and all(
+        have == want or want < 0 for have, want in zip(tensor.shape, spec.shape, strict=True)
+    )
+    if not fits:
+        raise _bad(
+            tensor.name,
+            f"has shape {list(tensor.shape)}; the model takes {list(spec.shape)} (-1 is any size)",
+        )
+    if 0 in tensor.shape:
+        raise _bad(tensor.name, f"has shape {list(tensor.shape)}, which is no elements at all")
+    check_raw(tensor)
+
+
+def _check_batch(request: InferRequest, spec: ModelSpec) -> None:
+    first = request.inputs[0] if request.inputs else None
+    for tensor in request.inputs:
+        assert first is not None
+        rows = tensor.shape[0]
+        if rows > spec.max_batch_size:
+            raise _bad(
+                tensor.name,
+                f"has {rows} rows; model {spec.name!r} takes at most {spec.max_batch_size}",
+            )
+        if rows != first.shape[0]:
+            raise _bad(tensor.name, f"has {rows} rows where {first.name!r} has {first.shape[0]}")
+
+
+def _specs(entries: Iterable[Mapping[str, Any]], optional: Iterable[str]) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(
+            name=entry["name"],
+            datatype=entry["datatype"],
+            shape=tuple(int(dim) for dim in entry["shape"]),
+            optional=entry["name"] in optional,
+        )
+        for entry in entries
+    )
+
+
+def _version_order(version: str) -> tuple[int, str]:
+    return (int(version) if version.isdecimal() else -1, version)
+
+
+def _bad(tensor: str, message: str, known: Iterable[str] = ()) -> BadTensor:
+    hint = f" (it has {', '.join(map(repr, known))})" if known else ""
+    return BadTensor(f"tensor {tensor!r} {message}{hint}", param=tensor)

@@ -1,0 +1,59 @@
+"""The Postgres connection pool: where SQLAlchemy's errors become ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import sqlalchemy as sa
+from sqlalchemy import exc
+
+from errors import Unavailable
+
+CONNECT_TIMEOUT = 3
+_SESSION = "-c timezone=UTC -c statement_timeout=5000 -c lock_timeout=3000 -c idle_in_transaction_session_timeout=10000"
+
+
+class Database:
+    """A pool of connections. Make it after fork; safe to share between threads.
+
+    Times in every statement are the database's `now()`, never a process's clock.
+    """
+
+    def __init__(self, url: str, *, pool_size: int = 8):
+        self._engine = sa.create_engine(
+            url,
+            pool_size=pool_size,
+            max_overflow=0,
+            pool_timeout=3,
+            pool_pre_ping=True,
+            connect_args={
+                "connect_timeout": CONNECT_TIMEOUT,
+                "options": _SESSION,
+                "application_name": "tidegate",
+                "keepalives_idle": 10,
+                "keepalives_interval": 5,
+                "keepalives_count": 3,
+                "tcp_user_timeout": 10_000,
+            },
+        )
+
+    @contextmanager
+    def transaction(self) -> Iterator[sa.Connection]:
+        """One transaction: committed on leaving, rolled back on any error.
+
+        Keep Triton, object store and Redis calls outside: a lock held across one is a lock held
+        for as long as they like. Raises `Unavailable` where Postgres is out of reach.
+        """
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError) as error:
+            raise Unavailable("the database is out of reach", retry_after=1) from error
+
+    def ping(self) -> None:
+        with self.transaction() as connection:
+            connection.execute(sa.select(1))
+
+    def close(self) -> None:
+        self._engine.dispose()

@@ -1,0 +1,91 @@
+"""Files a tenant uploaded or a batch produced: rows here, bytes in the object store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from errors import NotFound
+from storage import tables
+from storage.database import Database
+from storage.jobs import FileRow, insert_file
+
+_files = tables.files.c
+_COLUMNS = (
+    _files.id,
+    _files.tenant_id,
+    _files.purpose,
+    _files.filename,
+    _files.bytes,
+    _files.object_key.label("key"),
+    _files.created_at,
+    _files.expires_at,
+)
+_live = sa.and_(
+    _files.deleted_at.is_(None),
+    sa.or_(_files.expires_at.is_(None), _files.expires_at > sa.func.now()),
+)
+
+
+def file_key(tenant_id: UUID, file_id: UUID) -> str:
+    """Where an uploaded file's bytes go."""
+    return f"files/{tenant_id.hex}/{file_id.hex}"
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The rows of files. Another tenant's file is not found."""
+
+    database: Database
+
+    def add(self, row: FileRow) -> FileRow:
+        """Record a file whose bytes are already stored; the row with its times."""
+        with self.database.transaction() as connection:
+            insert_file(connection, row)
+        return self.get(row.tenant_id, row.id)
+
+    def get(self, tenant_id: UUID, file_id: UUID) -> FileRow:
+        """Raises `NotFound`."""
+        with self.database.transaction() as connection:
+            row = connection.execute(
+                sa.select(*_COLUMNS).where(
+                    _files.id == file_id, _files.tenant_id == tenant_id, _live
+                )
+            ).one_or_none()
+        if row is None:
+            raise NotFound(f"no file file-{file_id.hex}")
+        return FileRow(**row._mapping)
+
+    def list(
+        self,
+        tenant_id: UUID,
+        *,
+        after: UUID | None,
+        limit: int,
+        purpose: str | None,
+        ascending: bool = False,
+    ) -> Sequence[FileRow]:
+        """By time, newest first unless `ascending`; those behind `after`."""
+        query = sa.select(*_COLUMNS).where(_files.tenant_id == tenant_id, _live)
+        if after is not None:
+            query = query.where(_files.id > after if ascending else _files.id < after)
+        if purpose is not None:
+            query = query.where(_files.purpose == purpose)
+        order = _files.id.asc() if ascending else _files.id.desc()
+        with self.database.transaction() as connection:
+            rows = connection.execute(query.order_by(order).limit(limit)).all()
+        return [FileRow(**row._mapping) for row in rows]
+
+    def delete(self, tenant_id: UUID, file_id: UUID) -> FileRow:
+        """Hide the file; its bytes go when nothing refers to them any more. Raises `NotFound`."""
+        row = self.get(tenant_id, file_id)
+        with self.database.transaction() as connection:
+            connection.execute(
+                sa.update(tables.files)
+                .where(_files.id == file_id, _files.tenant_id == tenant_id)
+                .values(deleted_at=sa.func.now())
+            )
+        return row

@@ -1,0 +1,212 @@
+"""The tables. `migrations/` makes them; a test checks that both say the same."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+    UniqueConstraint,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB, UUID
+
+JSON = JSONB(none_as_null=True)
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    }
+)
+
+
+def _time(name: str, *, default: bool = False) -> Column[object]:
+    return Column(
+        name,
+        DateTime(timezone=True),
+        nullable=not default,
+        server_default=func.now() if default else None,
+    )
+
+
+def _count(name: str) -> Column[int]:
+    return Column(name, BigInteger, nullable=False, server_default=text("0"))
+
+
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("id", UUID(as_uuid=True), primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("weight", Integer, nullable=False, server_default=text("1")),
+    _time("created_at", default=True),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("prefix", Text, primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id", ondelete="CASCADE"), nullable=False),
+    Column("digest", LargeBinary, nullable=False),
+    _time("created_at", default=True),
+    _time("revoked_at"),
+)
+
+files = Table(
+    "files",
+    metadata,
+    Column("id", UUID(as_uuid=True), primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("purpose", Text, nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("object_key", Text, nullable=False),
+    _time("created_at", default=True),
+    _time("expires_at"),
+    _time("deleted_at"),
+    Index("ix_files_list", "tenant_id", "id", postgresql_where=text("deleted_at IS NULL")),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", UUID(as_uuid=True), primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("group_name", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("version", Text, nullable=False, server_default=text("''")),
+    Column("priority", SmallInteger, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("outcome", Text),
+    Column("input", LargeBinary),
+    Column("input_key", Text),
+    Column("result", LargeBinary),
+    Column("result_key", Text),
+    Column("error", JSON),
+    Column("metadata", JSON),
+    Column("worker", Text),
+    Column("attempts", Integer, nullable=False, server_default=text("0")),
+    Column("chunks_total", Integer, nullable=False, server_default=text("0")),
+    Column("chunks_done", Integer, nullable=False, server_default=text("0")),
+    _count("items_total"),
+    _count("items_ok"),
+    _count("items_failed"),
+    _time("created_at", default=True),
+    _time("deadline_at", default=True),
+    _time("started_at"),
+    _time("running_at"),
+    _time("finalizing_at"),
+    _time("cancelling_at"),
+    _time("finished_at"),
+    Index("ix_jobs_list", "tenant_id", "id"),
+    Index(
+        "ix_jobs_deadline",
+        "deadline_at",
+        postgresql_where=text("state IN ('queued', 'running', 'finalizing', 'cancelling')"),
+    ),
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("endpoint", Text, nullable=False),
+    Column("completion_window", Text, nullable=False),
+    Column("input_file_id", ForeignKey("files.id"), nullable=False),
+    Column("output_file_id", ForeignKey("files.id")),
+    Column("error_file_id", ForeignKey("files.id")),
+    Column("errors", JSON),
+    Index("ix_batches_list", "tenant_id", "job_id"),
+)
+
+chunks = Table(
+    "chunks",
+    metadata,
+    Column("id", BigInteger, primary_key=True, autoincrement=True),
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("seq", Integer, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("group_name", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("version", Text, nullable=False),
+    Column("priority", SmallInteger, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("item_count", BigInteger, nullable=False),
+    Column("first_line", BigInteger, nullable=False, server_default=text("0")),
+    Column("byte_start", BigInteger, nullable=False, server_default=text("0")),
+    Column("byte_end", BigInteger, nullable=False, server_default=text("0")),
+    Column("duplicates", JSON),
+    Column("attempts", Integer, nullable=False, server_default=text("0")),
+    Column("lease_token", BigInteger, nullable=False, server_default=text("0")),
+    Column("worker", Text),
+    Column("output_key", Text),
+    Column("error_key", Text),
+    _count("items_ok"),
+    _count("items_failed"),
+    Column("error", JSON),
+    _time("created_at", default=True),
+    _time("not_before", default=True),
+    _time("released_at"),
+    _time("lease_until"),
+    _time("finished_at"),
+    UniqueConstraint("job_id", "seq"),
+    # The pump walks the tenants of one class and takes each one's oldest rows.
+    Index(
+        "ix_chunks_queued",
+        "group_name",
+        "priority",
+        "tenant_id",
+        "id",
+        postgresql_where=text("state = 'queued'"),
+    ),
+    # Credit in use, silent hints, expired leases: few rows, whatever the backlog.
+    Index(
+        "ix_chunks_active",
+        "group_name",
+        "state",
+        postgresql_where=text("state IN ('released', 'running')"),
+    ),
+)
+
+shares = Table(
+    "shares",
+    metadata,
+    Column("group_name", Text, primary_key=True),
+    Column("priority", SmallInteger, primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True),
+    Column("deficit", BigInteger, nullable=False),
+)
+"""What the pump owes each tenant, in items: the memory of deficit round robin."""
+
+realtime_records = Table(
+    "realtime_records",
+    metadata,
+    Column("id", UUID(as_uuid=True), primary_key=True),
+    Column("created_at", DateTime(timezone=True), primary_key=True),
+    Column("tenant_id", UUID(as_uuid=True), nullable=False),
+    Column("model", Text, nullable=False),
+    Column("version", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("error", JSON),
+    Column("duration_ms", Integer, nullable=False),
+    Column("batch_size", Integer, nullable=False),
+    Column("cached", Boolean, nullable=False, server_default=text("false")),
+    Index("ix_realtime_records_list", "tenant_id", "id"),
+    postgresql_partition_by="RANGE (created_at)",
+)

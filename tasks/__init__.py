@@ -1,0 +1,1 @@
+"""What a message makes happen. Tasks are `shared_task`s and import no Celery app."""

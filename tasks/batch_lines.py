@@ -1,0 +1,228 @@
+"""The OpenAI batch file format with OIP requests in it. Pure.
+
+Input line   {"custom_id", "method": "POST", "url": "/v2/models/m/infer", "body": {OIP request}}
+Output line  {"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error": null}
+Error line   the same with "response": null and "error": {"code", "message", "line"}, or with the
+             status and body the model answered with
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from errors import BadRequest, TidegateError
+from inference import oip
+from inference.tensors import InferRequest, InferResult
+from storage.jobs import ChunkPlan
+
+ENDPOINT = re.compile(r"/v2/models/([A-Za-z0-9._-]+)(?:/versions/([0-9]+))?/infer")
+MAX_CUSTOM_ID = 512
+
+
+class BadLine(BadRequest):
+    """A line that can't be run."""
+
+    code = "invalid_line"
+
+    def __init__(self, reason: str, message: str, custom_id: str | None = None):
+        super().__init__(message)
+        self.reason = reason
+        self.custom_id = custom_id
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line that can be run."""
+
+    number: int
+    custom_id: str
+    request: InferRequest
+
+
+def parse_endpoint(endpoint: str) -> tuple[str, str]:
+    """(model, version) of an infer URL; version "" is the latest. Raises `BadRequest`."""
+    match = ENDPOINT.fullmatch(endpoint)
+    if not match:
+        raise BadRequest(
+            "endpoint: must read /v2/models/{model}/infer or /v2/models/{model}/versions/{n}/infer",
+            param="endpoint",
+        )
+    return match[1], match[2] or ""
+
+
+def parse_line(text: bytes, number: int, endpoint: str, max_bytes: int) -> Line:
+    """One input line as a request. Raises `BadLine`, with the custom_id where one can be read."""
+    if len(text) > max_bytes:
+        raise BadLine("line_too_long", f"the line is longer than {max_bytes} bytes")
+    document = _document(text)
+    custom_id = _custom_id(document)
+    if document.get("method") != "POST":
+        raise BadLine("invalid_method", 'method: must be "POST"', custom_id)
+    if document.get("url") != endpoint:
+        raise BadLine("invalid_url", f"url: must be the batch's endpoint, {endpoint}", custom_id)
+    model, version = parse_endpoint(endpoint)
+    try:
+        request = oip.request_from_json(document.get("body"), model=model, version=version)
+    except TidegateError as error:
+        raise BadLine(error.code, error.message, custom_id) from error
+    return Line(number, custom_id, request)
+
+
+def _document(text: bytes) -> dict[str, Any]:
+    try:
+        document = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise BadLine("invalid_json", f"the line is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise BadLine("invalid_json", "the line is not a JSON object")
+    return document
+
+
+def _custom_id(document: dict[str, Any]) -> str:
+    custom_id = document.get("custom_id")
+    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_CUSTOM_ID:
+        raise BadLine(
+            "invalid_custom_id", f"custom_id: must be a string of 1 to {MAX_CUSTOM_ID} characters"
+        )
+    return custom_id
+
+
+def peek_custom_id(text: bytes) -> str | None:
+    """The line's custom_id, whatever else is wrong with it."""
+    try:
+        return _custom_id(_document(text))
+    except BadLine:
+        return None
+
+
+def output_line(request_id: str, custom_id: str, result: InferResult) -> bytes:
+    """A line of the output file."""
+    return _response(
+        request_id,
+        custom_id,
+        200,
+        orjson.Fragment(oip.render_infer(result, oip.ResponseFormat())[0]),
+    )
+
+
+def failed_line(request_id: str, custom_id: str, status: int, error: TidegateError) -> bytes:
+    """A line of the error file: the model, or the protocol, said no."""
+    return _response(request_id, custom_id, status, {"error": error.message})
+
+
+def _response(request_id: str, custom_id: str, status: int, body: Any) -> bytes:
+    return orjson.dumps(
+        {
+            "id": request_id,
+            "custom_id": custom_id,
+            "response": {"status_code": status, "request_id": request_id, "body": body},
+            "error": None,
+        },
+        option=orjson.OPT_APPEND_NEWLINE,
+    )
+
+
+def error_line(
+    request_id: str, custom_id: str | None, number: int, code: str, message: str
+) -> bytes:
+    """A line of the error file: it was never run."""
+    return orjson.dumps(
+        {
+            "id": request_id,
+            "custom_id": custom_id,
+            "response": None,
+            "error": {"code": code, "message": message, "line": number},
+        },
+        option=orjson.OPT_APPEND_NEWLINE,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How a file is cut, and how long it may be."""
+
+    chunk_items: int
+    chunk_bytes: int
+    max_lines: int
+    max_line_bytes: int
+
+
+class FileErrors(Exception):
+    """The file as a whole can't be used; `errors` is OpenAI's `errors.data`."""
+
+    def __init__(self, errors: list[dict[str, Any]]):
+        super().__init__(errors[0]["message"])
+        self.errors = errors
+
+
+def plan_file(lines: Iterable[tuple[int, bytes]], limits: Limits) -> list[ChunkPlan]:
+    """Cut a file into chunks in one pass. `lines` are (offset, line) pairs; blank lines are passed
+    over. A line that is wrong is left to its chunk, which puts it in the error file; what is
+    noticed here is what only a view of the whole file shows. Raises `FileErrors`."""
+    plans: list[ChunkPlan] = []
+    seen: set[int] = set()
+    good = number = 0
+    first_error: dict[str, Any] | None = None
+    chunk = _Chunk()
+    for offset, text in lines:
+        number += 1
+        if chunk.full(offset, limits):
+            plans.append(chunk.cut(offset))
+            chunk = _Chunk()
+        if not text.strip():
+            continue
+        if chunk.items == 0:
+            chunk.start, chunk.first_line = offset, number
+        chunk.items += 1
+        chunk.end = offset + len(text)
+        if good + 1 > limits.max_lines:
+            raise FileErrors(
+                [_file_error("too_many_lines", number, f"over {limits.max_lines} lines")]
+            )
+        try:
+            custom_id = _custom_id(_document(text)) if len(text) <= limits.max_line_bytes else None
+        except BadLine as error:
+            first_error = first_error or _file_error(error.reason, number, error.message)
+            if error.reason == "invalid_json":
+                continue
+            custom_id = None
+        good += 1
+        if custom_id is not None:
+            # 64 bits of hash instead of the text: 10^6 lines collide with odds of 3 in 10^8.
+            mark = hash(custom_id)
+            if mark in seen:
+                chunk.duplicates.append(number)
+            seen.add(mark)
+    if chunk.items:
+        plans.append(chunk.cut(chunk.end))
+    if not plans:
+        raise FileErrors([_file_error("empty_file", None, "the file has no lines")])
+    if not good:
+        raise FileErrors([first_error or _file_error("invalid_json", 1, "no line is JSON")])
+    return plans
+
+
+def _file_error(code: str, line: int | None, message: str) -> dict[str, Any]:
+    return {"code": code, "line": line, "message": message, "param": None}
+
+
+@dataclass(slots=True)
+class _Chunk:
+    items: int = 0
+    first_line: int = 0
+    start: int = 0
+    end: int = 0
+    duplicates: list[int] = field(default_factory=list)
+
+    def full(self, offset: int, limits: Limits) -> bool:
+        return self.items >= limits.chunk_items or (
+            self.items > 0 and offset - self.start >= limits.chunk_bytes
+        )
+
+    def cut(self, end: int) -> ChunkPlan:
+        return ChunkPlan(self.items, self.first_line, self.start, end, tuple(self.duplicates))

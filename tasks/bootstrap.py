@@ -1,0 +1,123 @@
+"""The composition root: the one place where real adapters are made."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from config import Settings
+from inference.client import ModelServer, TritonServer
+from storage.database import Database
+from storage.files import Files
+from storage.ids import IdMint
+from storage.jobs import Ledger
+from storage.keys import Keys
+from storage.objects import DirectoryStore, ObjectStore
+from storage.records import Records
+from storage.redis_state import RedisState
+from tasks.leases import Leases
+from tasks.models import Models
+from tasks.pump import Pump
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What a process works with. Made after fork; `close` ends it."""
+
+    settings: Settings
+    database: Database
+    ledger: Ledger
+    files: Files
+    keys: Keys
+    records: Records
+    objects: ObjectStore
+    state: RedisState
+    ids: IdMint
+    pump: Pump
+
+    def close(self) -> None:
+        """Stop and let go of everything, in reverse order."""
+        self.pump.stop()
+        self.state.close()
+        self.database.close()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerServices(Services):
+    """What a GPU worker has besides: its model server, and the leases it holds."""
+
+    name: str
+    group: str
+    server: ModelServer
+    models: Models
+    leases: Leases
+
+    def close(self) -> None:
+        self.leases.stop()
+        self.server.close()
+        Services.close(self)
+
+
+def build_services(settings: Settings, *, pool_size: int = 8, **overrides: Any) -> Services:
+    """The services of a gateway or sweeper; `overrides` replace any of them by field name."""
+    database = overrides.pop("database", None) or Database(
+        settings.database_url, pool_size=pool_size
+    )
+    ledger = Ledger(
+        database,
+        lease=settings.lease,
+        max_attempts=settings.max_attempts,
+        credit=settings.pump_credit,
+        hint_timeout=settings.hint_timeout,
+    )
+    made: dict[str, Any] = {
+        "ledger": ledger,
+        "files": Files(database),
+        "keys": Keys(database, settings.secret),
+        "records": Records(database),
+        "objects": DirectoryStore(settings.objects_path),
+        "state": RedisState(settings.redis_url, settings.namespace),
+        "ids": IdMint(settings.secret),
+        "pump": Pump(ledger),
+    }
+    return Services(settings=settings, database=database, **made | overrides)
+
+
+def build_worker_services(
+    settings: Settings,
+    *,
+    name: str,
+    gpu: str = "none",
+    group: str | None = None,
+    **overrides: Any,
+) -> WorkerServices:
+    """The services of one GPU worker, wired to that GPU's Triton."""
+    server = overrides.pop("server", None) or TritonServer(
+        settings.triton_address(gpu), max_message_bytes=settings.max_body_bytes * 2
+    )
+    slots = settings.batch_slots + 4
+    base = build_services(settings, pool_size=slots, **overrides)
+    return WorkerServices(
+        **{field.name: getattr(base, field.name) for field in dataclasses.fields(Services)},
+        name=name,
+        group=group or settings.group,
+        server=server,
+        models=Models(server, ttl=settings.catalog_ttl),
+        leases=Leases(base.ledger, every=settings.lease / 3),
+    )
+
+
+_installed: list[WorkerServices] = []
+
+
+def install(services: WorkerServices) -> None:
+    """Make these the services that tasks of this process run with."""
+    _installed[:] = [services]
+
+
+def worker_services() -> WorkerServices:
+    """This GPU worker's services."""
+    if not _installed:
+        raise RuntimeError("no services installed: tasks run in a GPU worker")
+    return _installed[0]

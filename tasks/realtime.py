@@ -1,0 +1,87 @@
+"""The realtime lane at the worker: claim the tensors, run them, answer the gateway."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+import structlog
+from celery import shared_task
+
+from errors import BadRequest, DeadlineExceeded, TidegateError
+from inference import frames
+from inference.client import Deadline
+from inference.tensors import InferResult
+from tasks import messages
+from tasks.bootstrap import WorkerServices, worker_services
+
+log = structlog.get_logger(__name__)
+QUERY_TIMEOUT = 5.0
+
+
+@shared_task(name=messages.REALTIME)
+def run_realtime(message: str, gateway: str, deadlines: list[float]) -> None:
+    """Run the requests of one message as few Triton calls. `deadlines` are seconds from the moment
+    the gateway stored the tensors, whose longest is the tensors' TTL: what is left of that says,
+    on Redis's clock alone, how much time has gone by."""
+    services = worker_services()
+    name = bytes.fromhex(message)
+    blob = services.state.claim_blob(name)
+    if blob is None:
+        log.info("nothing to run", action="realtime.gone", message_id=message)
+        return
+    outcomes = _outcomes(services, blob.data, deadlines, elapsed=max(deadlines) - blob.remaining)
+    services.state.reply(gateway, name, frames.encode_outcomes(outcomes))
+
+
+def _outcomes(
+    services: WorkerServices, data: bytes, deadlines: list[float], elapsed: float
+) -> list[InferResult | TidegateError]:
+    try:
+        requests = frames.decode_requests(data)
+        left = [deadline - elapsed for deadline in deadlines]
+        late = DeadlineExceeded("the request's deadline passed while it waited")
+        outcomes: list[InferResult | TidegateError] = [late] * len(requests)
+        live = [place for place in range(len(requests)) if left[place] > 0]
+        if live:
+            ran = services.server.infer_many(
+                [requests[place] for place in live],
+                Deadline.after(max(left[place] for place in live)),
+            )
+            for place, outcome in zip(live, ran, strict=True):
+                outcomes[place] = outcome
+        return outcomes
+    except TidegateError as error:
+        return [error] * len(deadlines)
+    except Exception:
+        log.exception("realtime failed", action="realtime.failed")
+        return [TidegateError("the worker failed; its log says why")] * len(deadlines)
+
+
+@shared_task(name=messages.QUERY)
+def run_query(message: str, gateway: str, op: str, model: str, version: str) -> None:
+    """Ask this worker's Triton something for a gateway, which has no gRPC of its own."""
+    services = worker_services()
+    try:
+        answer = {"value": _ask(services, op)(model, version)}
+    except TidegateError as error:
+        answer = {"error": error.to_wire()}
+    except Exception:
+        log.exception("query failed", action="query.failed", op=op)
+        answer = {"error": TidegateError("the worker failed; its log says why").to_wire()}
+    services.state.reply(gateway, bytes.fromhex(message), orjson.dumps(answer))
+
+
+def _ask(services: WorkerServices, op: str) -> Callable[[str, str], Any]:
+    server, deadline = services.server, Deadline.after(QUERY_TIMEOUT)
+    known: dict[str, Callable[[str, str], Any]] = {
+        "describe": services.models.describe,
+        "server": lambda _model, _version: server.server_metadata(deadline),
+        "statistics": lambda model, version: server.statistics(model, version, deadline),
+        "index": lambda _model, _version: server.repository_index(deadline),
+        "ready": lambda model, version: server.ready(deadline, model or None, version),
+    }
+    if op not in known:
+        raise BadRequest(f"no such query: {op}")
+    return known[op]

@@ -1,0 +1,300 @@
+"""The Triton client against a fake server: deadlines, cancellation, packing, restarts, errors."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+
+from errors import (
+    BadRequest,
+    Cancelled,
+    DeadlineExceeded,
+    ModelFailed,
+    ModelNotFound,
+    ModelNotReady,
+    TidegateError,
+    TooLarge,
+    Unavailable,
+)
+from inference.client import ERRORS, Outcome, TritonServer, translate
+from inference.deadline import CancelToken, Deadline
+from inference.fake import IDENTITY, Delay, Fail, FakeModel, FakeTriton, Sleep
+from inference.tensors import InferRequest, InferResult, Tensor
+from tests.unit.inference.strategies import identity, ints
+
+MIB = 1024 * 1024
+GOOD = identity(ints([[1, 2]]))
+SLOW = identity(ints([[1, 2]]), parameters={"delay_ms": 20_000})
+FAILING = identity(ints([[1, 2]]), parameters={"fail": "boom"})
+
+
+def soon() -> Deadline:
+    return Deadline.after(10.0)
+
+
+def answered(outcomes: Sequence[Outcome]) -> list[InferResult]:
+    """The outcomes, all of which are results."""
+    results = [outcome for outcome in outcomes if isinstance(outcome, InferResult)]
+    assert len(results) == len(outcomes), outcomes
+    return results
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread is about to do."""
+    patience = Deadline.after(5.0)
+    while not condition():
+        assert not patience.expired()
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeTriton]:
+    with FakeTriton() as running:
+        yield running
+
+
+@pytest.fixture
+def server(fake: FakeTriton) -> Iterator[TritonServer]:
+    client = TritonServer(fake.address, MIB)
+    yield client
+    client.close()
+
+
+def first_row_only(request: InferRequest, sleep: Sleep) -> Iterable[Tensor]:
+    """Answers one row whatever was asked: a model that batches in name only."""
+    return [Tensor("INTS_OUT", "INT64", (1, 1), bytes(request.inputs[0].data)[:8])]
+
+
+# One request
+
+
+def test_nothing_is_connected_before_the_first_call(fake: FakeTriton) -> None:
+    client = TritonServer(fake.address, MIB)
+    assert client._channel is None
+    assert client.infer(GOOD, soon()).version == "1"
+    client.close()
+
+
+def test_a_closed_client_connects_again(server: TritonServer) -> None:
+    server.infer(GOOD, soon())
+    server.close()
+    server.infer(GOOD, soon())
+
+
+def test_threads_share_one_client(server: TritonServer) -> None:
+    requests = [identity(ints([[number]]), id=str(number)) for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda request: server.infer(request, soon()), requests))
+    assert [(result.id, result.outputs[0].data) for result in results] == [
+        (request.id, request.inputs[0].data) for request in requests
+    ]
+
+
+def test_a_request_whose_time_is_over_is_not_sent(fake: FakeTriton, server: TritonServer) -> None:
+    with pytest.raises(DeadlineExceeded):
+        server.infer(GOOD, Deadline.after(0.0))
+    assert fake.counts("identity").executed == 0
+
+
+@pytest.mark.parametrize("token", [None, CancelToken()])
+def test_the_deadline_ends_the_call_and_the_work(
+    fake: FakeTriton, server: TritonServer, token: CancelToken | None
+) -> None:
+    with pytest.raises(DeadlineExceeded):
+        server.infer(SLOW, Deadline.after(0.1), token)
+    until(lambda: fake.counts("identity").cancelled == 1)
+
+
+def test_cancel_ends_the_call_and_the_work(fake: FakeTriton, server: TritonServer) -> None:
+    token = CancelToken()
+    timer = threading.Timer(0.1, token.cancel)
+    timer.start()
+    with pytest.raises(Cancelled):
+        server.infer(SLOW, soon(), token)
+    until(lambda: fake.counts("identity").cancelled == 1)
+
+
+def test_what_was_cancelled_before_is_not_sent(fake: FakeTriton, server: TritonServer) -> None:
+    token = CancelToken()
+    token.cancel()
+    with pytest.raises(Cancelled):
+        server.infer(GOOD, soon(), token)
+    assert fake.counts("identity").executed == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "least", "most"),
+    [(None, 8_000_000, 10_000_000), (2_000, 2_000, 2_000), (99_000_000, 8_000_000, 10_000_000)],
+)
+def test_triton_is_told_the_time_left_in_microseconds(
+    asked: int | None, least: int, most: int
+) -> None:
+    told: list[object] = []
+
+    def listen(request: InferRequest, sleep: Sleep) -> Iterable[Tensor]:
+        told.append(request.parameters["timeout"])
+        return request.inputs
+
+    with FakeTriton([FakeModel("identity", IDENTITY.config, listen)]) as fake:
+        client = TritonServer(fake.address, MIB)
+        parameters = {} if asked is None else {"timeout": asked}
+        client.infer(identity(ints([[1]]), parameters=parameters), soon())
+        client.close()
+    assert isinstance(told[0], int)
+    assert least <= told[0] <= most
+
+
+def test_a_message_over_the_limit_is_too_large(server: TritonServer) -> None:
+    with pytest.raises(TooLarge):
+        server.infer(identity(Tensor("INTS", "INT64", (1, MIB // 8), bytes(MIB))), soon())
+
+
+# Many requests
+
+
+def test_many_requests_travel_as_one(fake: FakeTriton, server: TritonServer) -> None:
+    requests = [identity(ints([[number, 1]]), id=str(number)) for number in range(50)]
+    outcomes = server.infer_many(requests, soon())
+    assert [(one.id, bytes(one.outputs[0].data)) for one in answered(outcomes)] == [
+        (one.id, one.inputs[0].data) for one in requests
+    ]
+    counts = fake.counts("identity")
+    assert (counts.executed, counts.rows) == (1, 50)
+
+
+def test_many_requests_may_be_of_many_models(server: TritonServer) -> None:
+    digit = InferRequest("digits", "", (Tensor("image", "FP32", (1, 64), bytes(256)),))
+    outcomes = server.infer_many([GOOD, digit, GOOD, digit], soon())
+    assert [one.model for one in answered(outcomes)] == [
+        "identity",
+        "digits",
+        "identity",
+        "digits",
+    ]
+
+
+def test_no_requests_are_no_outcomes(server: TritonServer) -> None:
+    assert server.infer_many([], soon()) == []
+
+
+def test_one_bad_request_does_not_fail_its_neighbours(
+    fake: FakeTriton, server: TritonServer
+) -> None:
+    bad = identity(Tensor("INTS", "INT64", (1, 2), b"too short"))
+    unknown = InferRequest("nobody", "", GOOD.inputs)
+    outcomes = server.infer_many([GOOD, bad, GOOD, unknown, FAILING, GOOD], soon())
+    kinds = [type(one) for one in outcomes]
+    assert kinds == [InferResult, BadRequest, InferResult, ModelNotFound, ModelFailed, InferResult]
+
+
+def test_a_pack_that_is_refused_for_now_is_not_tried_one_by_one(
+    fake: FakeTriton, server: TritonServer
+) -> None:
+    fake.script("identity", [Fail(grpc.StatusCode.UNAVAILABLE, "busy")])
+    outcomes = server.infer_many([GOOD] * 5, soon())
+    assert {type(one) for one in outcomes} == {ModelNotReady}
+    assert fake.counts("identity").executed == 0
+
+
+def test_a_model_that_mixes_rows_up_is_asked_one_by_one() -> None:
+    with FakeTriton([FakeModel("identity", IDENTITY.config, first_row_only)]) as fake:
+        client = TritonServer(fake.address, MIB)
+        outcomes = client.infer_many([identity(ints([[number]])) for number in range(4)], soon())
+        client.close()
+    assert [one.outputs[0] for one in answered(outcomes)] == [
+        ints([[number]], "INTS_OUT") for number in range(4)
+    ]
+
+
+def test_cancel_ends_all_of_many(fake: FakeTriton, server: TritonServer) -> None:
+    token = CancelToken()
+    timer = threading.Timer(0.1, token.cancel)
+    timer.start()
+    outcomes = server.infer_many([SLOW, SLOW], soon(), token)
+    assert [type(one) for one in outcomes] == [Cancelled, Cancelled]
+    until(lambda: fake.counts("identity").cancelled == 2)
+
+
+# A server that goes and comes
+
+
+def test_the_first_call_after_a_restart_succeeds(fake: FakeTriton, server: TritonServer) -> None:
+    server.infer(GOOD, soon())
+    for _ in range(3):
+        fake.restart()
+        server.infer(GOOD, soon())
+
+
+def test_a_call_cut_off_by_a_restart_is_sent_again(fake: FakeTriton, server: TritonServer) -> None:
+    fake.script("identity", [Delay(20.0)])
+    timer = threading.Timer(0.1, fake.restart)
+    timer.start()
+    assert server.infer(GOOD, soon()).outputs
+
+
+def test_a_server_that_stays_away_is_not_ready_and_soon_said_so(
+    fake: FakeTriton, server: TritonServer
+) -> None:
+    fake.stop()
+    started = time.monotonic()
+    with pytest.raises(ModelNotReady) as caught:
+        server.infer(GOOD, Deadline.after(60.0))
+    assert time.monotonic() - started < 5.0
+    assert caught.value.retry_after
+    assert not server.live(soon())
+    assert not server.ready(soon())
+    assert not server.ready(soon(), "identity")
+
+
+def test_a_busy_model_is_not_a_lost_connection(fake: FakeTriton, server: TritonServer) -> None:
+    fake.script("identity", [Fail(grpc.StatusCode.UNAVAILABLE, "busy")])
+    with pytest.raises(ModelNotReady, match="busy"):
+        server.infer(GOOD, soon())
+    assert fake.counts("identity").failed == 1
+
+
+# Errors
+
+
+def test_every_status_of_grpc_has_an_error_of_ours() -> None:
+    assert ERRORS.keys() == set(grpc.StatusCode) - {grpc.StatusCode.OK}
+    for status in ERRORS:
+        error = translate(status, "why")
+        assert isinstance(error, TidegateError)
+        assert error.retryable == (error.retry_after is not None)
+
+
+@pytest.mark.parametrize(
+    ("status", "details", "kind"),
+    [  # as Triton 2.51 and gRPC 1.85 say them
+        ("NOT_FOUND", "Request for unknown model: 'm' is not found", ModelNotFound),
+        ("NOT_FOUND", "Request for unknown model: 'm' version 7 is not found", ModelNotFound),
+        ("NOT_FOUND", "Request for unknown model: 'm' has no available versions", ModelNotReady),
+        ("UNAVAILABLE", "Request for unknown model: 'm' version 1 is not at ready state",
+         ModelNotReady),
+        ("INVALID_ARGUMENT", "requested model 'm' is not available", ModelNotFound),
+        ("INVALID_ARGUMENT", "requested model version is not available for model 'm'",
+         ModelNotFound),
+        ("INVALID_ARGUMENT", "unexpected inference input 'Z' for model 'm'", BadRequest),
+        ("UNAVAILABLE", "Request timeout expired", DeadlineExceeded),
+        ("UNAVAILABLE", "Exceeds maximum queue size", Unavailable),
+        ("UNAVAILABLE", "Stream removed (Socket closed)", ModelNotReady),
+        ("RESOURCE_EXHAUSTED", "CLIENT: Received message larger than max (9 vs. 4)", TooLarge),
+        ("RESOURCE_EXHAUSTED", "no memory", Unavailable),
+    ],
+)  # fmt: skip
+def test_triton_means_what_it_says(status: str, details: str, kind: type[TidegateError]) -> None:
+    assert isinstance(translate(grpc.StatusCode[status], details), kind)
+
+
+def test_a_models_traceback_stays_with_its_operator() -> None:
+    details = (
+        "Failed to process ..., message: ValueError: boom\n\nAt:\n  /models/m.py(20): execute\n"
+    )
+    message = translate(grpc.StatusCode.INTERNAL, details).message
+    assert message == "Failed to process ..., message: ValueError: boom"

@@ -1,0 +1,75 @@
+"""The Flask application."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import structlog
+import uuid_utils.compat as uuids
+from flask import Flask, Response, g, request
+from flask_smorest import Api
+
+import config
+from config import Settings
+from tasks.bootstrap import Services, build_services
+from web import batches, error_handlers, files, health, jobs, oip
+from web.context import Gateway
+from web.json import OrjsonProvider
+from workers import logs
+from workers.app import build_app
+
+VERSION = "0.1.0"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+
+
+def create_app(settings: Settings | None = None, services: Services | None = None) -> Flask:
+    """A gateway. Call it after fork: what it makes holds sockets and threads."""
+    settings = settings or config.settings()
+    logs.configure()
+    build_app(settings)
+    app = Flask("tidegate", static_folder=None)
+    app.json = OrjsonProvider(app)
+    app.config.update(
+        MAX_CONTENT_LENGTH=settings.max_body_bytes,
+        API_TITLE="Tidegate",
+        API_VERSION=VERSION,
+        OPENAPI_VERSION="3.1.0",
+        OPENAPI_URL_PREFIX="/v1",
+        OPENAPI_JSON_PATH="openapi.json",
+        API_SPEC_OPTIONS={
+            "security": [{"key": []}],
+            "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        },
+    )
+    app.extensions["tidegate"] = Gateway.build(services or build_services(settings))
+    app.before_request(_begin)
+    app.after_request(_end)
+    app.register_blueprint(health.blueprint)
+    app.register_blueprint(oip.blueprint)
+    app.register_blueprint(oip.models)
+    api = _Api(app)
+    for blueprint in (jobs.blueprint, files.blueprint, batches.blueprint):
+        api.register_blueprint(blueprint)
+    error_handlers.install(app)
+    return app
+
+
+class _Api(Api):  # type: ignore[misc]
+    """flask-smorest, with our own errors."""
+
+    def handle_http_exception(self, error: Any) -> Response:
+        return error_handlers.on_http_exception(error)
+
+
+def _begin() -> None:
+    given = request.headers.get("X-Request-ID", "")
+    g.request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{uuids.uuid7().hex}"
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(request_id=g.request_id)
+
+
+def _end(response: Response) -> Response:
+    response.headers["X-Request-ID"] = g.get("request_id", "")
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    return response

@@ -1,0 +1,97 @@
+"""Batches, with OpenAI's wire shapes: an unmodified `openai` SDK works against these routes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import uuid_utils.compat as uuids
+from flask import Response, request
+from flask_smorest import Blueprint
+
+from errors import BadRequest, Conflict
+from storage.jobs import NewBatch, NewJob
+from storage.lifecycle import JobKind, JobState, Priority
+from tasks.batch_lines import parse_endpoint
+from web import files, schemas, views
+from web.context import gateway
+from web.http import page_limit, read_uuid, require_key, tenant
+from web.json import respond
+
+blueprint = Blueprint("batches", __name__, url_prefix="/v1/batches", description="Batches")
+blueprint.before_request(require_key)
+
+
+@blueprint.post("")
+@blueprint.arguments(schemas.BatchCreate)
+@blueprint.alt_response(200, schema=schemas.Batch, description="Accepted: the batch is durable.")
+def create(body: dict[str, Any]) -> Response:
+    """Run a model on every line of a file."""
+    services = gateway().services
+    model, version = parse_endpoint(body["endpoint"])
+    gateway().catalog.get(model, version)
+    file = files.find(body["input_file_id"])
+    if file.purpose != "batch":
+        raise BadRequest("input_file_id: the file's purpose must be batch", param="input_file_id")
+    job_id = uuids.uuid7()
+    services.ledger.submit_batch(
+        NewJob(
+            id=job_id,
+            tenant_id=tenant(),
+            group=services.settings.group,
+            model=model,
+            version=version,
+            deadline=schemas.parse_window(body["completion_window"]),
+            priority=Priority[body["priority"].upper()],
+            metadata=body.get("metadata"),
+        ),
+        NewBatch(
+            endpoint=body["endpoint"],
+            completion_window=body["completion_window"],
+            input_file_id=file.id,
+        ),
+    )
+    services.pump.kick(services.settings.group)
+    return _batch(job_id)
+
+
+def _batch(job_id: Any) -> Response:
+    row = gateway().services.ledger.get(tenant(), job_id)
+    if row.kind != JobKind.BATCH:
+        read_uuid("", "batch_", "batch")
+    return respond(views.batch(row))
+
+
+@blueprint.get("")
+def batches() -> Response:
+    """This tenant's batches, newest first. `limit`, `after`."""
+    limit = page_limit(20, 100)
+    after = request.args.get("after")
+    rows = gateway().services.ledger.list(
+        tenant(),
+        after=read_uuid(after, "batch_", "batch") if after else None,
+        limit=limit + 1,
+        kinds=[JobKind.BATCH],
+    )
+    return respond(views.page(rows, limit, views.batch))
+
+
+@blueprint.get("/<batch_id>")
+@blueprint.alt_response(200, schema=schemas.Batch)
+def retrieve(batch_id: str) -> Response:
+    """How a batch is doing."""
+    return _batch(read_uuid(batch_id, "batch_", "batch"))
+
+
+@blueprint.post("/<batch_id>/cancel")
+@blueprint.alt_response(200, schema=schemas.Batch)
+def cancel(batch_id: str) -> Response:
+    """Call a batch off; the lines answered so far are kept in its output file."""
+    job_id = read_uuid(batch_id, "batch_", "batch")
+    try:
+        gateway().services.ledger.cancel(tenant(), job_id)
+    except Conflict:
+        row = gateway().services.ledger.get(tenant(), job_id)
+        status = views.BATCH_STATUS[JobState(row.state)]
+        raise Conflict(f"cannot cancel a batch that is {status}") from None
+    gateway().services.pump.kick(gateway().services.settings.group)
+    return _batch(job_id)

@@ -1,0 +1,106 @@
+"""Handing one inference to the durable lane, and waiting for it as long as the client prefers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+from uuid import UUID
+
+import uuid_utils.compat as uuids
+from flask import Response
+
+from errors import TidegateError, from_wire
+from inference import frames
+from inference.tensors import InferRequest, InferResult
+from storage.jobs import NewJob
+from storage.lifecycle import JobState, Priority
+from web import views
+from web.context import gateway
+from web.http import Preference, tenant
+from web.json import respond
+
+
+def submit(
+    asked: InferRequest,
+    *,
+    within: float,
+    priority: Priority = Priority.NORMAL,
+    metadata: Mapping[str, str] | None = None,
+) -> UUID:
+    """Accept one inference as a job to end within so many seconds. It is durable on return."""
+    services = gateway().services
+    job_id = uuids.uuid7()
+    frame: bytes | None = frames.encode_requests([asked])
+    key = None
+    if frame is not None and len(frame) > services.settings.inline_bytes:
+        key = f"jobs/{tenant().hex}/{job_id.hex}/input"
+        services.objects.put(key, frame)
+        frame = None
+    services.ledger.submit(
+        [
+            NewJob(
+                id=job_id,
+                tenant_id=tenant(),
+                group=services.settings.group,
+                model=asked.model,
+                version=asked.version,
+                deadline=within,
+                priority=priority,
+                input=frame,
+                input_key=key,
+                metadata=metadata,
+            )
+        ]
+    )
+    services.pump.kick(services.settings.group)
+    return job_id
+
+
+def infer(
+    asked: InferRequest,
+    preferred: Preference,
+    *,
+    within: float,
+    render: Callable[[InferResult], Response],
+) -> Response:
+    """202 with the job, or, where it ends while the client waits, its answer."""
+    job_id = submit(asked, within=within)
+    if preferred.wait is not None and not preferred.respond_async:
+        gateway().waiter.wait(job_id, preferred.wait)
+        row = gateway().services.ledger.get(tenant(), job_id)
+        if JobState(row.state).terminal:
+            response = render(result(job_id, row))
+            response.headers["Preference-Applied"] = f"wait={preferred.wait:g}"
+            response.headers["Tidegate-Job-Id"] = str(job_id)
+            response.headers["Vary"] = "Prefer"
+            return response
+    return accepted(job_id, preferred)
+
+
+def accepted(job_id: UUID, preferred: Preference, *, ended: int = 202) -> Response:
+    """The job, and where to look; status `ended` where it has reached its end."""
+    row = gateway().services.ledger.get(tenant(), job_id)
+    job = views.job(row)
+    headers = {"Location": job["urls"]["self"], "Vary": "Prefer", "Tidegate-Job-Id": str(job_id)}
+    terminal = JobState(row.state).terminal
+    if preferred.respond_async:
+        headers["Preference-Applied"] = "respond-async"
+    elif preferred.wait is not None:
+        headers["Preference-Applied"] = f"wait={preferred.wait:g}"
+    if not terminal:
+        headers["Retry-After"] = "1"
+    return respond(job, ended if terminal else 202, headers)
+
+
+def result(job_id: UUID, row: Any) -> InferResult:
+    """What an ended one-item job came to. Raises the job's own error, or `Gone`."""
+    services = gateway().services
+    if row.error is not None:
+        raise from_wire(row.error)
+    frame, key = services.ledger.result(tenant(), job_id)
+    outcome = frames.decode_outcomes(
+        frame if frame is not None else services.objects.get(key or "")
+    )[0]
+    if isinstance(outcome, TidegateError):
+        raise outcome
+    return outcome

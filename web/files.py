@@ -1,0 +1,131 @@
+"""Files, with OpenAI's wire shapes. Bytes stream both ways; no file is ever whole in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import IO
+
+import uuid_utils.compat as uuids
+from flask import Response, request
+from flask_smorest import Blueprint
+
+from errors import BadRequest, TooLarge
+from storage import objects
+from storage.files import file_key
+from storage.jobs import FileRow
+from web import schemas, views
+from web.context import gateway
+from web.http import page_limit, read_uuid, require_key, tenant
+from web.json import respond
+
+blueprint = Blueprint(
+    "files", __name__, url_prefix="/v1/files", description="Batch input and output"
+)
+blueprint.before_request(require_key)
+
+FORM_SLACK = 64 * 1024
+"""Bytes of multipart framing around a file of the largest size."""
+
+
+@blueprint.before_request
+def _limit() -> None:
+    request.max_content_length = gateway().services.settings.max_file_bytes + FORM_SLACK
+
+
+@blueprint.post("")
+@blueprint.alt_response(200, schema=schemas.File)
+def create() -> Response:
+    """Upload a file: multipart with `file` and `purpose=batch`."""
+    purpose = request.form.get("purpose")
+    if purpose != "batch":
+        raise BadRequest('purpose: must be "batch"', param="purpose")
+    upload = request.files.get("file")
+    if upload is None:
+        raise BadRequest("file: is missing", param="file")
+    file_id = uuids.uuid7()
+    key = file_key(tenant(), file_id)
+    size = gateway().services.objects.put(key, _blocks(upload.stream))
+    row = FileRow(
+        id=file_id,
+        tenant_id=tenant(),
+        purpose=purpose,
+        filename=(upload.filename or "file.jsonl")[:255],
+        bytes=size,
+        key=key,
+        expires_at=_expires_at(),
+    )
+    return respond(views.file(gateway().services.files.add(row)))
+
+
+def _blocks(stream: IO[bytes]) -> Iterator[bytes]:
+    most = gateway().services.settings.max_file_bytes
+    size = 0
+    while block := stream.read(objects.BLOCK):
+        size += len(block)
+        if size > most:
+            raise TooLarge(f"file: larger than {most} bytes", param="file")
+        yield block
+
+
+def _expires_at() -> datetime | None:
+    seconds = request.form.get("expires_after[seconds]")
+    if seconds is None:
+        return None
+    if request.form.get("expires_after[anchor]", "created_at") != "created_at":
+        raise BadRequest('expires_after.anchor: must be "created_at"', param="expires_after")
+    if not seconds.isdecimal() or not 3600 <= int(seconds) <= 2_592_000:
+        raise BadRequest("expires_after.seconds: from 3600 to 2592000", param="expires_after")
+    return datetime.now(UTC) + timedelta(seconds=int(seconds))
+
+
+@blueprint.get("")
+def files() -> Response:
+    """This tenant's files. `purpose`, `order=asc|desc`, `limit`, `after`."""
+    limit = page_limit(10_000, 10_000)
+    order = request.args.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise BadRequest("order: asc or desc", param="order")
+    after = request.args.get("after")
+    rows = gateway().services.files.list(
+        tenant(),
+        after=read_uuid(after, "file-", "file") if after else None,
+        limit=limit + 1,
+        purpose=request.args.get("purpose"),
+        ascending=order == "asc",
+    )
+    return respond(views.page(rows, limit, views.file))
+
+
+def find(file_id: str) -> FileRow:
+    """This tenant's file of this id. Raises `NotFound`."""
+    return gateway().services.files.get(tenant(), read_uuid(file_id, "file-", "file"))
+
+
+@blueprint.get("/<file_id>")
+@blueprint.alt_response(200, schema=schemas.File)
+def retrieve(file_id: str) -> Response:
+    """What is known about a file."""
+    return respond(views.file(find(file_id)))
+
+
+@blueprint.get("/<file_id>/content")
+@blueprint.alt_response(200, description="The file's bytes.")
+def content(file_id: str) -> Response:
+    """The file's bytes."""
+    row = find(file_id)
+    blocks = gateway().services.objects.stream(row.key)
+    headers = {
+        "Content-Length": str(row.bytes),
+        "Content-Disposition": f'attachment; filename="{file_id}.jsonl"',
+    }
+    return Response(blocks, headers=headers, content_type="application/octet-stream")
+
+
+@blueprint.delete("/<file_id>")
+@blueprint.alt_response(200, description="`{id, object, deleted}`")
+def delete(file_id: str) -> Response:
+    """Forget a file. A batch that runs over it goes on."""
+    row = find(file_id)
+    gateway().services.files.delete(tenant(), row.id)
+    return respond({"id": views.file_id(row.id), "object": "file", "deleted": True})

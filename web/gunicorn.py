@@ -1,0 +1,54 @@
+"""gunicorn's configuration: `gunicorn -c web/gunicorn.py web.wsgi:app`.
+
+gevent, because a client that waits should cost a greenlet and not a thread; measured besides at
+twice gthread's requests per second (see DESIGN). No gRPC runs here, which gevent would stall.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+bind = os.environ.get("TIDEGATE_BIND", "127.0.0.1:8080")
+workers = int(os.environ.get("TIDEGATE_GATEWAY_WORKERS", "1"))
+worker_class = "gevent"
+worker_connections = 2000
+# Threads and sockets are made by each worker for itself.
+preload_app = False
+timeout = 60
+graceful_timeout = 30
+keepalive = 75
+limit_request_line = 4094
+limit_request_fields = 64
+forwarded_allow_ips = os.environ.get("TIDEGATE_PROXIES", "127.0.0.1")
+control_socket_disable = True
+accesslog = None
+errorlog = "-"
+proc_name = "tidegate-gateway"
+
+
+def post_fork(server: Any, worker: Any) -> None:
+    """Make psycopg2, which is C and blocks, wait in gevent's loop instead."""
+    import psycopg2.extensions
+    from gevent.socket import wait_read, wait_write
+
+    def wait(connection: Any) -> None:
+        while True:
+            state = connection.poll()
+            if state == psycopg2.extensions.POLL_OK:
+                return
+            if state == psycopg2.extensions.POLL_READ:
+                wait_read(connection.fileno(), timeout=30)
+            elif state == psycopg2.extensions.POLL_WRITE:
+                wait_write(connection.fileno(), timeout=30)
+            else:
+                raise psycopg2.OperationalError(f"unknown poll state {state}")
+
+    psycopg2.extensions.set_wait_callback(wait)
+
+
+def worker_exit(server: Any, worker: Any) -> None:
+    """Write what is still to be written."""
+    app = worker.app.callable
+    if app is not None:
+        app.extensions["tidegate"].close()

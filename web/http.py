@@ -1,0 +1,102 @@
+"""Reading headers: keys, preferences, deadlines, page limits."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from uuid import UUID
+
+from flask import g, request
+
+from errors import BadRequest, NotFound, Unauthenticated
+from web.context import gateway
+
+
+def require_key() -> None:
+    """A `before_request`: who is asking. Raises `Unauthenticated`."""
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    key = token.strip() if scheme.lower() == "bearer" else request.headers.get("X-API-Key", "")
+    if not key:
+        raise Unauthenticated("give an API key: Authorization: Bearer <key>, or X-API-Key: <key>")
+    g.tenant = gateway().keys.tenant_of(key)
+
+
+def tenant() -> UUID:
+    """The tenant of the request's key."""
+    found: UUID = g.tenant
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """RFC 7240 as far as we honour it. `wait` is seconds, None where not asked for."""
+
+    respond_async: bool = False
+    wait: float | None = None
+
+    @property
+    def durable(self) -> bool:
+        return self.respond_async or self.wait is not None
+
+
+def preference(max_wait: float) -> Preference:
+    """The request's `Prefer` headers; what we don't know is passed over, as the RFC asks."""
+    respond_async, wait = False, None
+    for part in request.headers.get("Prefer", "").split(","):
+        token = part.split(";")[0].strip()
+        name, _, value = (text.strip().strip('"') for text in token.partition("="))
+        if name.lower() == "respond-async":
+            respond_async = True
+        elif name.lower() == "wait" and re.fullmatch(r"\d{1,9}", value):
+            wait = min(float(value), max_wait)
+    return Preference(respond_async, wait)
+
+
+def deadline(default: float, maximum: float) -> float:
+    """Seconds the request may take: `Tidegate-Deadline`, as seconds from now or as a moment in
+    RFC 3339. Raises `BadRequest`."""
+    text = request.headers.get("Tidegate-Deadline")
+    if text is None:
+        return default
+    return min(parse_deadline(text), maximum)
+
+
+def parse_deadline(text: str) -> float:
+    """Seconds from now. Raises `BadRequest` for what is neither a number nor a moment ahead."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            moment = datetime.fromisoformat(text)
+        except ValueError:
+            moment = None
+        if moment is None or moment.tzinfo is None:
+            raise BadRequest(
+                "Tidegate-Deadline: seconds from now (2.5) or a moment in RFC 3339 with its zone",
+                param="Tidegate-Deadline",
+            ) from None
+        seconds = (moment - datetime.now(UTC)).total_seconds()
+    if not 0 < seconds < 10**9:
+        raise BadRequest("Tidegate-Deadline: must lie ahead", param="Tidegate-Deadline")
+    return seconds
+
+
+def page_limit(default: int, most: int) -> int:
+    """The `limit` of a list. Raises `BadRequest`."""
+    text = request.args.get("limit")
+    if text is None:
+        return default
+    if not re.fullmatch(r"\d{1,6}", text) or not 1 <= int(text) <= most:
+        raise BadRequest(f"limit: a number from 1 to {most}", param="limit")
+    return int(text)
+
+
+def read_uuid(text: str, prefix: str, what: str) -> UUID:
+    """An id of ours as its UUID. Raises `NotFound`: an id of another form names nothing."""
+    try:
+        if not text.startswith(prefix):
+            raise ValueError
+        return UUID(text.removeprefix(prefix))
+    except ValueError:
+        raise NotFound(f"no {what} {text[:80]}") from None

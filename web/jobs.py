@@ -1,0 +1,155 @@
+"""Jobs: submit, look, get the result, call off."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from flask import Response, request
+from flask_smorest import Blueprint
+
+from errors import BadRequest, Conflict, NotFound
+from inference import oip
+from inference.metadata import check
+from storage import ids
+from storage.lifecycle import JobKind, JobState, Priority
+from web import durable, schemas, views
+from web.context import gateway
+from web.http import deadline, page_limit, preference, read_uuid, require_key, tenant
+from web.json import respond
+
+blueprint = Blueprint("jobs", __name__, url_prefix="/v1/jobs", description="Jobs")
+blueprint.before_request(require_key)
+
+RECORD_PATIENCE = 1.0
+"""Seconds a realtime record may lag behind its answer before we say that it is not there."""
+
+
+@blueprint.post("")
+@blueprint.arguments(schemas.JobSubmit)
+@blueprint.alt_response(202, schema=schemas.Job, description="Accepted: the job is durable.")
+@blueprint.alt_response(200, schema=schemas.Job, description="Ended within `Prefer: wait=n`.")
+def submit(body: dict[str, Any]) -> Response:
+    """Accept one inference to run in the background."""
+    settings = gateway().services.settings
+    entry = gateway().catalog.get(body["model"], body["version"])
+    asked = oip.request_from_json(body["input"], model=body["model"], version=body["version"])
+    check(asked, entry.spec)
+    preferred = preference(settings.max_wait)
+    job_id = durable.submit(
+        asked,
+        within=deadline(body.get("deadline", settings.job_deadline), schemas.MAX_WINDOW),
+        priority=Priority[body["priority"].upper()],
+        metadata=body.get("metadata"),
+    )
+    if preferred.wait is not None and not preferred.respond_async:
+        gateway().waiter.wait(job_id, preferred.wait)
+        return durable.accepted(job_id, preferred, ended=200)
+    return durable.accepted(job_id, preferred)
+
+
+@blueprint.get("")
+@blueprint.alt_response(200, schema=schemas.JobPage)
+def jobs() -> Response:
+    """This tenant's jobs, newest first. Filters: `kind`, `status`; pages: `limit`, `after`."""
+    limit = page_limit(20, 100)
+    after = request.args.get("after")
+    cursor = read_uuid(after, "", "job") if after else None
+    kinds, state = _kinds(), _state()
+    found: list[tuple[UUID, dict[str, Any]]] = []
+    durable_kinds = [kind for kind in kinds if kind is not JobKind.REALTIME]
+    if durable_kinds:
+        rows = gateway().services.ledger.list(
+            tenant(), after=cursor, limit=limit + 1, kinds=durable_kinds, state=state
+        )
+        found += [(row.id, views.job(row)) for row in rows]
+    if JobKind.REALTIME in kinds:
+        records = gateway().services.records.list(
+            tenant(), after=cursor, limit=limit + 1, state=state.value if state else None
+        )
+        found += [(row.id, views.record(row)) for row in records]
+    found.sort(key=lambda pair: pair[0], reverse=True)
+    return respond(views.page([job for _, job in found[: limit + 1]], limit, lambda job: job))
+
+
+def _kinds() -> list[JobKind]:
+    text = request.args.get("kind")
+    if text is None:
+        return list(JobKind)
+    if text not in {kind.value for kind in JobKind}:
+        raise BadRequest(f"kind: one of {', '.join(JobKind)}", param="kind")
+    return [JobKind(text)]
+
+
+def _state() -> JobState | None:
+    text = request.args.get("status")
+    if text is None:
+        return None
+    if text not in {state.value for state in JobState}:
+        raise BadRequest(f"status: one of {', '.join(JobState)}", param="status")
+    return JobState(text)
+
+
+@blueprint.get("/<job_id>")
+@blueprint.alt_response(200, schema=schemas.Job)
+def status(job_id: str) -> Response:
+    """One job, durable or realtime."""
+    job = _find(read_uuid(job_id, "", "job"))
+    headers = {"Cache-Control": "no-store"}
+    if job["status"] not in {state.value for state in JobState if state.terminal}:
+        headers["Retry-After"] = "1"
+    return respond(job, 200, headers)
+
+
+def _find(job_id: UUID) -> dict[str, Any]:
+    """The job's view. An id we gave is never unknown, whatever died: see `storage.ids`."""
+    services = gateway().services
+    if not services.ids.minted(job_id, tenant()):
+        return views.job(services.ledger.get(tenant(), job_id))
+    over_at = time.monotonic() + RECORD_PATIENCE
+    while True:
+        record = services.records.get(tenant(), job_id)
+        if record is not None:
+            return views.record(record)
+        if time.monotonic() >= over_at:
+            break
+        time.sleep(0.05)
+    longest = timedelta(seconds=services.settings.max_realtime_timeout)
+    over = datetime.now(UTC) - ids.created_at(job_id) > longest
+    return views.lost_record(job_id, over=over)
+
+
+@blueprint.get("/<job_id>/result")
+@blueprint.alt_response(200, description="The Open Inference Protocol answer.")
+def result(job_id: str) -> Response:
+    """What the model answered: JSON, or with `Accept: application/octet-stream` binary tensors."""
+    services = gateway().services
+    found = read_uuid(job_id, "", "job")
+    if services.ids.minted(found, tenant()):
+        raise NotFound("a realtime request's answer went to the connection; it is not kept")
+    row = services.ledger.get(tenant(), found)
+    if row.kind == JobKind.BATCH:
+        raise Conflict(f"a batch's results are files: see /v1/batches/{views.batch_id(row.id)}")
+    if not JobState(row.state).terminal:
+        raise Conflict(f"the job is {row.state}: it has no result yet", retry_after=1)
+    if row.state == JobState.CANCELED:
+        raise Conflict("the job was canceled: it has no result")
+    outcome = durable.result(found, row)
+    binary = "application/octet-stream" in request.headers.get("Accept", "")
+    body, header_length = oip.render_infer(outcome, oip.ResponseFormat(binary=binary))
+    if header_length is None:
+        return Response(body, content_type="application/json")
+    headers = {oip.HEADER_LENGTH: str(header_length)}
+    return Response(body, headers=headers, content_type="application/octet-stream")
+
+
+@blueprint.post("/<job_id>/cancel")
+@blueprint.alt_response(202, schema=schemas.Job)
+def cancel(job_id: str) -> Response:
+    """Call a job off; again is fine. 409 where it has ended otherwise."""
+    found = read_uuid(job_id, "", "job")
+    gateway().services.ledger.cancel(tenant(), found)
+    gateway().services.pump.kick(gateway().services.settings.group)
+    return respond(views.job(gateway().services.ledger.get(tenant(), found)), 202)

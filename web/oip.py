@@ -1,0 +1,222 @@
+"""Open Inference Protocol v2: an unmodified `tritonclient.http` works against these routes.
+
+Every request about a model goes through the group's realtime queue to a GPU worker.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import replace
+from uuid import UUID
+
+from flask import Blueprint, Response, request
+
+from errors import BadBody, BadRequest, ModelNotFound, ModelNotReady, NotFound, TidegateError
+from inference import oip
+from inference.metadata import check
+from inference.tensors import InferRequest, InferResult
+from storage.records import Record
+from web import durable
+from web.context import gateway
+from web.http import deadline, preference, require_key, tenant
+from web.json import respond
+
+blueprint = Blueprint("oip", __name__, url_prefix="/v2")
+models = Blueprint("models", __name__, url_prefix="/v2")
+models.before_request(require_key)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
+
+
+def routes(path: str) -> tuple[str, str]:
+    """The rule for the latest version of a model, and the one for a named version."""
+    return f"/models/<model>{path}", f"/models/<model>/versions/<version>{path}"
+
+
+def _checked(model: str, version: str) -> tuple[str, str]:
+    if not _NAME.fullmatch(model) or not re.fullmatch(r"\d{0,18}", version):
+        raise ModelNotFound(f"no model {model!r:.80} version {version!r:.20}")
+    return model, version
+
+
+@blueprint.get("/health/live")
+def live() -> Response:
+    """The gateway is up."""
+    return Response(status=200)
+
+
+@blueprint.get("/health/ready")
+def ready() -> Response:
+    """A Triton behind a GPU worker would take requests now."""
+    return Response(status=200 if _ready("", "") else 400)
+
+
+def _ready(model: str, version: str) -> bool:
+    try:
+        return bool(gateway().lane.query("ready", model, version, timeout=2.0))
+    except TidegateError:
+        return False
+
+
+@models.get("", strict_slashes=False)
+def server() -> Response:
+    """Triton's name, version and extensions."""
+    return respond(gateway().lane.query("server"))
+
+
+_METADATA, _METADATA_VERSION = routes("")
+
+
+@models.get(_METADATA)
+@models.get(_METADATA_VERSION)
+def metadata(model: str, version: str = "") -> Response:
+    return respond(gateway().catalog.get(*_checked(model, version)).metadata)
+
+
+_CONFIG, _CONFIG_VERSION = routes("/config")
+
+
+@models.get(_CONFIG)
+@models.get(_CONFIG_VERSION)
+def config(model: str, version: str = "") -> Response:
+    return respond(gateway().catalog.get(*_checked(model, version)).config)
+
+
+_READY, _READY_VERSION = routes("/ready")
+
+
+@models.get(_READY)
+@models.get(_READY_VERSION)
+def model_ready(model: str, version: str = "") -> Response:
+    """200, or 400 as Triton answers for a model that is not ready."""
+    model, version = _checked(model, version)
+    return Response(status=200 if _ready(model, version) else 400)
+
+
+_STATS, _STATS_VERSION = routes("/stats")
+
+
+@models.get("/models/stats")
+def all_statistics() -> Response:
+    return respond(gateway().lane.query("statistics"))
+
+
+@models.get(_STATS)
+@models.get(_STATS_VERSION)
+def statistics(model: str, version: str = "") -> Response:
+    return respond(gateway().lane.query("statistics", *_checked(model, version)))
+
+
+@models.post("/repository/index")
+def repository_index() -> Response:
+    """The models of the group's Triton; `{"ready": true}` leaves out the others."""
+    index = gateway().lane.query("index")
+    asked = request.get_json(force=True, silent=True) if request.content_length else None
+    if isinstance(asked, dict) and asked.get("ready"):
+        index = [entry for entry in index if entry.get("state") == "READY"]
+    return respond(index)
+
+
+_INFER, _INFER_VERSION = routes("/infer")
+
+
+@models.post(_INFER)
+@models.post(_INFER_VERSION)
+def infer(model: str, version: str = "") -> Response:
+    """Run a model. 200 with the answer; 202 with a job where the client preferred that."""
+    found, settings = gateway(), gateway().services.settings
+    entry = found.catalog.get(*_checked(model, version))
+    asked, fmt = oip.parse_infer(
+        _body(), _header_length(), model=model, version=version, spec=entry.spec
+    )
+    check(asked, entry.spec)
+    asked, timeout = _take_timeout(asked, settings.realtime_timeout)
+    preferred = preference(settings.max_wait)
+    if preferred.durable:
+        return durable.infer(
+            asked,
+            preferred,
+            within=deadline(settings.job_deadline, settings.job_deadline),
+            render=lambda result: _rendered(result, fmt),
+        )
+    timeout = deadline(timeout, settings.max_realtime_timeout)
+    job_id = found.services.ids.mint(tenant())
+    return _realtime(asked, fmt, timeout, job_id)
+
+
+def _realtime(
+    asked: InferRequest, fmt: oip.ResponseFormat, timeout: float, job_id: UUID
+) -> Response:
+    found = gateway()
+    started = time.monotonic()
+    outcome: InferResult | TidegateError
+    batch_size = 1
+    try:
+        answer = found.lane.infer(asked, timeout)
+        outcome, batch_size = answer.outcome, answer.batch_size
+    except TidegateError as error:
+        outcome = error
+    failed = outcome if isinstance(outcome, TidegateError) else None
+    if isinstance(failed, NotFound | ModelNotReady):
+        found.catalog.forget(asked.model, asked.version)
+    found.recorder.add(
+        Record(
+            id=job_id,
+            tenant_id=tenant(),
+            model=asked.model,
+            version=outcome.version if isinstance(outcome, InferResult) else asked.version,
+            state="failed" if failed else "succeeded",
+            error=failed.to_wire() if failed else None,
+            duration_ms=round((time.monotonic() - started) * 1000),
+            batch_size=batch_size,
+        )
+    )
+    if isinstance(outcome, TidegateError):
+        raise outcome
+    response = _rendered(outcome, fmt)
+    response.headers["Tidegate-Job-Id"] = str(job_id)
+    return response
+
+
+def _body() -> bytes:
+    limit = gateway().services.settings.max_body_bytes
+    body = request.get_data(cache=False, parse_form_data=False)
+    return oip.inflate(body, request.headers.get("Content-Encoding"), limit)
+
+
+def _header_length() -> int | None:
+    text = request.headers.get(oip.HEADER_LENGTH)
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d{1,12}", text):
+        raise BadBody(f"{oip.HEADER_LENGTH}: must be a number of bytes")
+    return int(text)
+
+
+def _take_timeout(asked: InferRequest, default: float) -> tuple[InferRequest, float]:
+    """OIP's own `timeout`, in microseconds, is the request's deadline: what is left of it goes
+    with the request all the way, so the model needs no second one."""
+    given = asked.parameters.get("timeout", 0)
+    if "timeout" not in asked.parameters:
+        return asked, default
+    rest = {name: value for name, value in asked.parameters.items() if name != "timeout"}
+    if not isinstance(given, int):
+        raise BadRequest("timeout: must be microseconds", param="timeout")
+    return replace(asked, parameters=rest), given / 1e6 if given else default
+
+
+def _rendered(result: InferResult, fmt: oip.ResponseFormat) -> Response:
+    body, header_length = oip.render_infer(result, fmt)
+    headers = {}
+    if header_length is not None:
+        headers[oip.HEADER_LENGTH] = str(header_length)
+    # In Triton's order of preference; it compresses whatever the size.
+    accepted = request.headers.get("Accept-Encoding", "")
+    for encoding in ("gzip", "deflate"):
+        if encoding in accepted:
+            body = oip.compress(body, encoding)
+            headers["Content-Encoding"] = encoding
+            break
+    kind = "application/json" if header_length is None else "application/octet-stream"
+    return Response(body, headers=headers, content_type=kind)

@@ -1,0 +1,142 @@
+"""The bodies of `/v1`, in marshmallow: what is checked is what OpenAPI says."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from marshmallow import EXCLUDE, RAISE, Schema, ValidationError, fields, validate
+
+from storage.lifecycle import JobKind, JobState, Priority
+
+_WINDOW = re.compile(r"(\d{1,6})(s|m|h|d)")
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+MAX_WINDOW = 30 * 86_400
+PRIORITIES = tuple(priority.name.lower() for priority in Priority)
+
+
+def parse_window(text: str) -> float:
+    """Seconds of a completion window such as `24h`. Raises `ValidationError`."""
+    match = _WINDOW.fullmatch(text)
+    seconds = int(match[1]) * _UNITS[match[2]] if match else 0
+    if not 0 < seconds <= MAX_WINDOW:
+        raise ValidationError("a number with s, m, h or d, up to 30d; for example 24h")
+    return float(seconds)
+
+
+def _metadata() -> fields.Field[Any]:
+    return fields.Dict(
+        keys=fields.String(validate=validate.Length(max=64)),
+        values=fields.String(validate=validate.Length(max=512)),
+        validate=validate.Length(max=16),
+        allow_none=True,
+        metadata={"description": "Up to 16 pairs of yours; keys to 64, values to 512 characters."},
+    )
+
+
+class JobSubmit(Schema):
+    """One inference to run in the background."""
+
+    class Meta:
+        unknown = RAISE
+
+    model = fields.String(required=True, validate=validate.Length(min=1, max=255))
+    version = fields.String(load_default="", validate=validate.Regexp(r"^\d{0,18}$"))
+    input = fields.Dict(
+        required=True,
+        metadata={"description": "An Open Inference Protocol infer request, as JSON."},
+    )
+    priority = fields.String(load_default="normal", validate=validate.OneOf(PRIORITIES))
+    deadline = fields.Float(
+        validate=validate.Range(min=0, min_inclusive=False, max=MAX_WINDOW),
+        metadata={"description": "Seconds until the job must have ended; then it expires."},
+    )
+    metadata = _metadata()
+
+
+class BatchCreate(Schema):
+    """A batch over a file's lines. The SDK may send fields newer than this: they are ignored."""
+
+    class Meta:
+        unknown = EXCLUDE
+
+    input_file_id = fields.String(required=True)
+    endpoint = fields.String(
+        required=True,
+        metadata={"description": "/v2/models/{model}[/versions/{n}]/infer"},
+    )
+    completion_window = fields.String(
+        required=True, validate=parse_window, metadata={"description": "24h, 30m, …"}
+    )
+    priority = fields.String(load_default="normal", validate=validate.OneOf(PRIORITIES))
+    metadata = _metadata()
+
+
+class Items(Schema):
+    total = fields.Integer()
+    completed = fields.Integer()
+    failed = fields.Integer()
+
+
+class Job(Schema):
+    """A job."""
+
+    id = fields.UUID()
+    object = fields.Constant("job")
+    kind = fields.String(validate=validate.OneOf([kind.value for kind in JobKind]))
+    model = fields.String()
+    version = fields.String(allow_none=True)
+    status = fields.String(validate=validate.OneOf([state.value for state in JobState]))
+    priority = fields.String(validate=validate.OneOf(PRIORITIES))
+    error = fields.Dict(allow_none=True)
+    attempts = fields.Integer()
+    worker = fields.String(allow_none=True)
+    items = fields.Nested(Items)
+    created_at = fields.DateTime()
+    started_at = fields.DateTime(allow_none=True)
+    completed_at = fields.DateTime(allow_none=True)
+    expires_at = fields.DateTime()
+    metrics = fields.Dict()
+    metadata = fields.Dict()
+    urls = fields.Dict()
+
+
+class JobPage(Schema):
+    """Jobs, newest first; `after=last_id` gives the next ones."""
+
+    object = fields.Constant("list")
+    data = fields.List(fields.Nested(Job))
+    first_id = fields.String(allow_none=True)
+    last_id = fields.String(allow_none=True)
+    has_more = fields.Boolean()
+
+
+class File(Schema):
+    """A file, as OpenAI describes it."""
+
+    id = fields.String()
+    object = fields.Constant("file")
+    bytes = fields.Integer()
+    created_at = fields.Integer()
+    expires_at = fields.Integer(allow_none=True)
+    filename = fields.String()
+    purpose = fields.String()
+    status = fields.String()
+    status_details = fields.String(allow_none=True)
+
+
+class Batch(Schema):
+    """A batch, as OpenAI describes it."""
+
+    id = fields.String()
+    object = fields.Constant("batch")
+    endpoint = fields.String()
+    model = fields.String()
+    errors = fields.Dict(allow_none=True)
+    input_file_id = fields.String()
+    completion_window = fields.String()
+    status = fields.String()
+    output_file_id = fields.String(allow_none=True)
+    error_file_id = fields.String(allow_none=True)
+    request_counts = fields.Nested(Items)
+    metadata = fields.Dict()

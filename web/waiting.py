@@ -1,0 +1,64 @@
+"""Requests that wait for a durable job to end: one poll for all of a process's waiters."""
+
+from __future__ import annotations
+
+import threading
+from uuid import UUID
+
+from errors import Unavailable
+from storage.jobs import Ledger
+
+FIRST = 0.02
+SLOWEST = 0.25
+
+
+class JobWaiter:
+    """Whoever waits longest polls slowest: one statement names every job somebody waits for."""
+
+    def __init__(self, ledger: Ledger):
+        self._ledger = ledger
+        self._waiters: dict[UUID, list[threading.Event]] = {}
+        self._lock = threading.Lock()
+        self._arrived = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def wait(self, job_id: UUID, timeout: float) -> bool:
+        """True once the job has ended; False where it has not within `timeout` seconds."""
+        ended = threading.Event()
+        with self._lock:
+            self._waiters.setdefault(job_id, []).append(ended)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="waiter", daemon=True)
+                self._thread.start()
+        self._arrived.set()
+        try:
+            return ended.wait(timeout)
+        finally:
+            with self._lock:
+                left = [event for event in self._waiters.get(job_id, ()) if event is not ended]
+                if left:
+                    self._waiters[job_id] = left
+                else:
+                    self._waiters.pop(job_id, None)
+
+    def _run(self) -> None:
+        pause = FIRST
+        while True:
+            if not self._waiters:
+                self._arrived.wait()
+            # A newcomer is looked at soon; those who have waited long can wait a little more.
+            pause = FIRST if self._arrived.is_set() else min(SLOWEST, pause * 1.5)
+            self._arrived.clear()
+            self._arrived.wait(pause)
+            with self._lock:
+                wanted = list(self._waiters)
+            if not wanted:
+                continue
+            try:
+                ended = self._ledger.ended(wanted)
+            except Unavailable:
+                continue
+            with self._lock:
+                for job_id in ended:
+                    for event in self._waiters.get(job_id, ()):
+                        event.set()

@@ -1,0 +1,179 @@
+"""One GPU worker: what `celery -A workers worker --gpu N [--group NAME]` adds to Celery.
+
+The worker is pinned to its GPU and that GPU's Triton, named after it, and reads its group's two
+lanes, each on a broker channel of its own: the prefetch of a channel is the number of slots of its
+lane, on any broker, so batch work can't take a realtime slot.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import threading
+import time
+from typing import Any
+
+import click
+import structlog
+from celery import Celery, bootsteps
+from celery.signals import worker_init, worker_shutdown
+from kombu import Consumer, Exchange, Queue
+from kombu.common import ignore_errors
+
+from config import Settings
+from errors import TidegateError, Unavailable
+from inference.client import Deadline
+from tasks import bootstrap, messages
+
+log = structlog.get_logger(__name__)
+
+PRESENCE_EVERY = 2.0
+PRESENCE_TTL = 8
+"""Seconds: a gateway stops sending to a group this long after its last worker fell silent."""
+
+
+def extend(app: Celery) -> None:
+    """Give an app's `worker` command `--gpu` and `--group`, and its workers their lanes."""
+    app.user_options["worker"].add(
+        click.Option(
+            ("--gpu",),
+            default="none",
+            show_default=True,
+            callback=_gpu,
+            help="The GPU this worker is pinned to, by number or UUID; 'none' on a machine without.",
+        )
+    )
+    app.user_options["worker"].add(
+        click.Option(("--group",), help="Worker group whose queues to read [TIDEGATE_GROUP].")
+    )
+    app.steps["consumer"].add(BatchLane)
+    app.steps["consumer"].add(Presence)
+
+
+def _gpu(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"none|\d{1,3}|(GPU|MIG)-[0-9A-Za-z/-]+", value):
+        raise click.BadParameter("a GPU number (0, 1, …), a GPU-… or MIG-… UUID, or 'none'")
+    return value
+
+
+@worker_init.connect
+def _pin(sender: Any, **_: Any) -> None:
+    """Before anything of the worker is made: its GPU, name, queues and services."""
+    app: Celery = sender.app
+    gpu: str = sender.options.get("gpu") or "none"
+    settings: Settings = app.conf.tidegate
+    group: str = sender.options.get("group") or settings.group
+    os.environ["CUDA_VISIBLE_DEVICES"] = "" if gpu == "none" else gpu
+    host = socket.gethostname()
+    if sender.hostname == f"celery@{host}":
+        sender.hostname = f"{group}-gpu{gpu}@{host}" if gpu != "none" else f"{group}@{host}"
+    if group != settings.group:
+        names = [messages.realtime_queue(group), messages.batch_queue(group)]
+        for name in names:
+            app.amqp.queues.add(Queue(name, Exchange(name), routing_key=name))
+        app.amqp.queues.select(names)
+    sender.tidegate_group = group
+    sender.batch_queues = [
+        queue for name, queue in app.amqp.queues.consume_from.items() if messages.is_batch(name)
+    ]
+    app.amqp.queues.deselect([queue.name for queue in sender.batch_queues])
+    bootstrap.install(
+        bootstrap.build_worker_services(settings, name=sender.hostname, gpu=gpu, group=group)
+    )
+    log.info("worker pinned", action="worker.pinned", gpu=gpu, group=group, node=sender.hostname)
+
+
+@worker_shutdown.connect
+def _close(sender: Any, **_: Any) -> None:
+    """After the last task ended."""
+    services = bootstrap.worker_services()
+    try:
+        services.state.absent(services.group, services.name)
+    except Unavailable:
+        pass  # the presence ends by itself
+    services.close()
+
+
+class BatchLane(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Consumes the group's batch queue on its own channel, `batch_slots` messages at a time."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def __init__(self, c: Any, **options: Any):
+        settings: Settings = c.app.conf.tidegate
+        self._slots = settings.batch_slots
+        self._consumer: Consumer | None = None
+        c.initial_prefetch_count = settings.realtime_slots
+        super().__init__(c, **options)
+
+    def start(self, c: Any) -> None:
+        queues = c.controller.batch_queues
+        if not queues:
+            return
+        self._consumer = Consumer(
+            c.connection.channel(),
+            queues=queues,
+            accept=c.app.conf.accept_content,
+            on_decode_error=c.on_decode_error,
+        )
+        self._consumer.on_message = c.create_task_handler()
+        self._consumer.qos(prefetch_count=self._slots)
+        self._consumer.consume()
+
+    def stop(self, c: Any) -> None:
+        """Take no more; what runs goes on."""
+        if self._consumer is not None:
+            ignore_errors(c, self._consumer.cancel)
+
+    def shutdown(self, c: Any) -> None:
+        if self._consumer is not None:
+            self.stop(c)
+            ignore_errors(c, self._consumer.close)
+            self._consumer = None
+
+
+class Presence(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Tells gateways that this worker is there, while its event loop turns and its Triton lives.
+
+    The loop stamps the time; a thread announces it only while the stamp is fresh: a worker whose
+    loop hangs falls silent, and one slow Redis command never holds up the loop.
+    """
+
+    requires = (BatchLane,)
+
+    def __init__(self, c: Any, **options: Any):
+        self._stamp = time.monotonic()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        super().__init__(c, **options)
+
+    def start(self, c: Any) -> None:
+        self._stopping.clear()
+        self._stamp = time.monotonic()
+        c.timer.call_repeatedly(1.0, self._tick)
+        self._thread = threading.Thread(target=self._announce, name="presence", daemon=True)
+        self._thread.start()
+
+    def _tick(self) -> None:
+        self._stamp = time.monotonic()
+
+    def _announce(self) -> None:
+        services = bootstrap.worker_services()
+        while True:
+            if time.monotonic() - self._stamp < PRESENCE_TTL:
+                try:
+                    if services.server.live(Deadline.after(1)):
+                        services.state.present(services.group, services.name, PRESENCE_TTL)
+                except TidegateError as error:
+                    log.warning("not announced", action="worker.silent", error=error.message)
+            if self._stopping.wait(PRESENCE_EVERY):
+                return
+
+    def stop(self, c: Any) -> None:
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+            self._thread = None
+
+    shutdown = stop
