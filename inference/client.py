@@ -34,12 +34,11 @@ from errors import (
 from inference import packing
 from inference.deadline import CancelToken, Deadline
 from inference.protocol import message_to_result, request_to_message, to_json
-from inference.tensors import InferRequest, InferResult
+from inference.tensors import InferRequest, InferResult, Outcome
 
 __all__ = ["CancelToken", "Deadline", "ModelServer", "Outcome", "TritonServer", "translate"]
 
 Json = dict[str, Any]
-Outcome = InferResult | TidegateError
 
 RETRY_AFTER: Final = 1.0
 """Seconds a client is told to wait where a model server is away or full."""
@@ -91,6 +90,9 @@ class ModelServer(Protocol):
     def ready(self, deadline: Deadline, model: str | None = None, version: str = "") -> bool:
         """Would the server, or this model, take a request now? False where it cannot be reached."""
 
+    def close(self) -> None:
+        """Let go of connections; calls in progress end with Cancelled."""
+
 
 class TritonServer:
     """`ModelServer` by gRPC to the Triton at `address` (host:port)."""
@@ -137,7 +139,7 @@ class TritonServer:
                     alone += indexes
                     continue
                 shares = [error] * len(indexes)
-            except packing.Unsplittable:
+            except packing.UnsplittableError:
                 alone += indexes
                 continue
             for index, share in zip(indexes, shares, strict=True):
@@ -308,7 +310,11 @@ class TritonServer:
 
     def _reconnect(self, deadline: Deadline) -> bool:
         """Wait a moment for the connection; True when it is there."""
-        connected = grpc.channel_ready_future(self._channel)
+        with self._lock:
+            channel = self._channel
+        if channel is None:
+            return False
+        connected = grpc.channel_ready_future(channel)
         try:
             connected.result(timeout=min(RECONNECT, deadline.remaining()))
         except grpc.FutureTimeoutError:
@@ -396,7 +402,9 @@ def translate(status: grpc.StatusCode, details: str) -> TidegateError:
 def _clean(details: str) -> str:
     """Triton's text without what only its operator may see: the traceback of a Python model."""
     text = details.partition("\n\nAt:\n")[0]
-    return text.removeprefix("[request id: <id_unknown>] ").strip()[:2000]
+    if text.startswith("[request id: "):
+        text = text.partition("] ")[2]
+    return text.strip()[:2000]
 
 
 def _answer(result: Callable[[], Any]) -> Any:

@@ -69,6 +69,7 @@ class FakeModel:
 class Counts:
     """What happened to a model's requests so far."""
 
+    received: int = 0
     executed: int = 0
     rows: int = 0
     failed: int = 0
@@ -221,6 +222,7 @@ class FakeTriton:
 
     def _model_infer(self, message: Any, context: Any) -> Any:
         model = self._find(message.model_name, message.model_version)
+        self._count(model, received=1)
         left = threading.Event()
         context.add_callback(left.set)
 
@@ -283,6 +285,7 @@ class FakeTriton:
         self,
         model: _Loaded,
         *,
+        received: int = 0,
         executed: int = 0,
         rows: int = 0,
         failed: int = 0,
@@ -291,6 +294,7 @@ class FakeTriton:
     ) -> None:
         with self._lock:
             counts = model.counts
+            counts.received += received
             counts.executed += executed
             counts.rows += rows
             counts.failed += failed

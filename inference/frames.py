@@ -20,14 +20,13 @@ from inference.tensors import (
     Buffer,
     InferRequest,
     InferResult,
+    Outcome,
     Parameter,
     Tensor,
 )
 
 MAGIC: Final = b"TGF1"
 _PREFIX: Final = struct.Struct("<4sI")
-
-Outcome = InferResult | TidegateError
 
 
 def encode_requests(requests: Sequence[InferRequest]) -> bytes:

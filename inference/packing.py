@@ -25,7 +25,7 @@ SCHEDULING = frozenset({"priority", "timeout"})
 """Parameters that are for Triton's queue, not for the model: equal ones may share a request."""
 
 
-class Unsplittable(Exception):
+class UnsplittableError(Exception):
     """The model's answer has no row per row asked: run the members of this pack one by one."""
 
 
@@ -85,7 +85,7 @@ def plan(
 def split(pack: Pack, result: InferResult) -> list[InferResult]:
     """The result of each member, in their order, with its own id.
 
-    Raises Unsplittable where an output does not have one row per row of the pack.
+    Raises UnsplittableError where an output does not have one row per row of the pack.
     """
     if not pack.merged:
         return [replace(result, id=pack.members[0].id)]
@@ -140,11 +140,11 @@ def _cut(tensor: Tensor, cuts: Sequence[int]) -> list[Tensor]:
     """One output as the outputs of the members: rows `cuts[i]` to `cuts[i + 1]` for member i."""
     total = cuts[-1]
     if not tensor.shape or tensor.shape[0] != total:
-        raise Unsplittable(f"output {tensor.name!r} has shape {tensor.shape} for {total} rows")
+        raise UnsplittableError(f"output {tensor.name!r} has shape {tensor.shape} for {total} rows")
     try:
         check_raw(tensor)
     except BadTensor as error:
-        raise Unsplittable(error.message) from error
+        raise UnsplittableError(error.message) from error
     width = element_count(tensor.shape[1:])
     if tensor.datatype == "BYTES":
         offsets = bytes_offsets(tensor)

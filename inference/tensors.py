@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from errors import BadTensor, Unsupported
+from errors import BadTensor, TidegateError, Unsupported
 
 Parameter = bool | int | float | str
 Buffer = bytes | bytearray | memoryview
@@ -98,6 +98,10 @@ class InferResult:
     outputs: tuple[Tensor, ...]
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     id: str = ""
+
+
+Outcome = InferResult | TidegateError
+"""What becomes of a request among many: each has its own."""
 
 
 def datatype(name: str, *, tensor: str = "") -> Datatype:

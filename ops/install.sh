@@ -9,18 +9,19 @@ cd "$(dirname "$0")/.."
 CHECK='
 import ctypes, os, sys, sysconfig
 version = "%d.%d" % sys.version_info[:2]
+hint = "on Debian: apt-get install python%s-venv libpython%s" % (version, version)
 if version not in ("3.11", "3.12"):
     sys.exit("it is Python " + version)
 try:
     import ensurepip, ssl, venv
 except ImportError as error:
-    sys.exit("%s; on Debian: apt-get install python%s-venv" % (error, version))
+    sys.exit("%s; %s" % (error, hint))
 library = "libpython%s.so.1.0" % version
 if not os.path.exists(os.path.join(sysconfig.get_config_var("LIBDIR"), library)):
     try:
         ctypes.CDLL(library)
     except OSError:
-        sys.exit("no %s; on Debian: apt-get install libpython%s" % (library, version))
+        sys.exit("it has no %s; %s" % (library, hint))
 print(getattr(sys, "_base_executable", sys.executable))
 '
 

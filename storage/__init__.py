@@ -1,1 +1,1 @@
-"""What must survive: the ledger in Postgres, payloads in the object store, short-lived state in Redis."""
+"""The ledger in Postgres, payloads in the object store, and in Redis what may be lost."""

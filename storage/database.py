@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import exc
@@ -11,7 +12,17 @@ from sqlalchemy import exc
 from errors import Unavailable
 
 CONNECT_TIMEOUT = 3
-_SESSION = "-c timezone=UTC -c statement_timeout=5000 -c lock_timeout=3000 -c idle_in_transaction_session_timeout=10000"
+_SESSION = " ".join(
+    f"-c {name}={value}"
+    for name, value in {
+        "timezone": "UTC",
+        "statement_timeout": 5000,
+        "lock_timeout": 3000,
+        "idle_in_transaction_session_timeout": 10_000,
+    }.items()
+)
+Row = sa.Row[*tuple[Any, ...]]
+"""A row of whatever columns."""
 
 
 class Database:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -11,7 +12,6 @@ import sqlalchemy as sa
 from errors import NotFound
 from storage import tables
 from storage.database import Database
-from storage.jobs import FileRow, insert_file
 
 _files = tables.files.c
 _COLUMNS = (
@@ -33,6 +33,36 @@ _live = sa.and_(
 def file_key(tenant_id: UUID, file_id: UUID) -> str:
     """Where an uploaded file's bytes go."""
     return f"files/{tenant_id.hex}/{file_id.hex}"
+
+
+@dataclass(frozen=True, slots=True)
+class FileRow:
+    """A file of a tenant; `key` is where its bytes are."""
+
+    id: UUID
+    tenant_id: UUID
+    purpose: str
+    filename: str
+    bytes: int
+    key: str
+    created_at: datetime | None = None
+    expires_at: datetime | None = None
+
+
+def insert_file(connection: sa.Connection, row: FileRow) -> None:
+    """Add a file's row on a transaction of the caller's."""
+    connection.execute(
+        sa.insert(tables.files),
+        {
+            "id": row.id,
+            "tenant_id": row.tenant_id,
+            "purpose": row.purpose,
+            "filename": row.filename,
+            "bytes": row.bytes,
+            "object_key": row.key,
+            "expires_at": row.expires_at,
+        },
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,7 +117,7 @@ OPEN_CHUNK = tuple(state for state in ChunkState if not state.terminal)
 
 
 def sources(target: JobState) -> tuple[JobState, ...]:
-    """The states a job may come from to reach `target`: the guard of every UPDATE of a job's state."""
+    """The states a job may come from to reach `target`: the guard of every UPDATE of its state."""
     return tuple(state for state, moves in JOB_MOVES.items() if target in moves)
 
 

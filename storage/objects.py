@@ -23,8 +23,8 @@ class ObjectStore(Protocol):
     """Safe to share between threads. Every method raises `Unavailable` where the store fails."""
 
     def put(self, key: str, data: bytes | Iterable[bytes]) -> int:
-        """Store `data`; the number of bytes. Readers see all of it or nothing; a key is written once
-        (its writer's token is in it), and writing it again replaces it."""
+        """Store `data`; the number of bytes. Readers see all of it or nothing. Writing a key again
+        replaces it."""
 
     def get(self, key: str) -> bytes:
         """All bytes. Raises `Gone` where there is no such key."""

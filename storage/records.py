@@ -1,4 +1,4 @@
-"""Records of realtime requests: append-only, partitioned by day, written in bulk behind the answer."""
+"""Records of realtime requests: append-only, a partition a day, written behind the answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
 from storage import ids, tables
-from storage.database import Database
+from storage.database import Database, Row
 
 _records = tables.realtime_records.c
 DAYS_AHEAD = 2
@@ -62,7 +62,7 @@ class Records:
                 ],
             )
 
-    def get(self, tenant_id: UUID, record_id: UUID) -> sa.Row[Any] | None:
+    def get(self, tenant_id: UUID, record_id: UUID) -> Row | None:
         with self.database.transaction() as connection:
             return connection.execute(
                 sa.select(tables.realtime_records).where(
@@ -75,7 +75,7 @@ class Records:
 
     def list(
         self, tenant_id: UUID, *, after: UUID | None, limit: int, state: str | None = None
-    ) -> Sequence[sa.Row[Any]]:
+    ) -> Sequence[Row]:
         """Newest first, those older than `after`."""
         query = sa.select(tables.realtime_records).where(_records.tenant_id == tenant_id)
         if after is not None:

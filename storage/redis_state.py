@@ -2,7 +2,7 @@
 
 | key | what | ends |
 |---|---|---|
-| `{ns}:blob:{message}` | tensors of one realtime message (claim check) | claimed once, or at its deadline |
+| `{ns}:blob:{message}` | tensors of one realtime message | claimed once, or at its deadline |
 | `{ns}:reply:{gateway}` | list of replies for one gateway process | a minute after the last one |
 | `{ns}:workers:{group}` | sorted set: GPU worker → end of its presence, Redis time | by score |
 
@@ -103,7 +103,8 @@ class RedisState:
             found = self._redis.blpop([self._key("reply", gateway)], timeout=timeout)
         if found is None:
             return None
-        frame: bytes = found[1]
+        frame = found[1]
+        assert isinstance(frame, bytes)
         return frame[:_ID], frame[_ID:]
 
     def present(self, group: str, worker: str, ttl: int) -> None:

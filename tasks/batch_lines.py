@@ -18,7 +18,7 @@ import orjson
 from errors import BadRequest, TidegateError
 from inference import oip
 from inference.tensors import InferRequest, InferResult
-from storage.jobs import ChunkPlan
+from storage.work import ChunkPlan
 
 ENDPOINT = re.compile(r"/v2/models/([A-Za-z0-9._-]+)(?:/versions/([0-9]+))?/infer")
 MAX_CUSTOM_ID = 512

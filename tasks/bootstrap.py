@@ -8,10 +8,12 @@ from typing import Any
 
 from config import Settings
 from inference.client import ModelServer, TritonServer
+from storage.backlog import Backlog
+from storage.chunks import Chunks
 from storage.database import Database
 from storage.files import Files
 from storage.ids import IdMint
-from storage.jobs import Ledger
+from storage.jobs import Jobs
 from storage.keys import Keys
 from storage.objects import DirectoryStore, ObjectStore
 from storage.records import Records
@@ -27,7 +29,9 @@ class Services:
 
     settings: Settings
     database: Database
-    ledger: Ledger
+    jobs: Jobs
+    chunks: Chunks
+    backlog: Backlog
     files: Files
     keys: Keys
     records: Records
@@ -64,22 +68,23 @@ def build_services(settings: Settings, *, pool_size: int = 8, **overrides: Any) 
     database = overrides.pop("database", None) or Database(
         settings.database_url, pool_size=pool_size
     )
-    ledger = Ledger(
+    backlog = Backlog(
         database,
-        lease=settings.lease,
         max_attempts=settings.max_attempts,
         credit=settings.pump_credit,
         hint_timeout=settings.hint_timeout,
     )
     made: dict[str, Any] = {
-        "ledger": ledger,
+        "jobs": Jobs(database),
+        "chunks": Chunks(database, lease=settings.lease, max_attempts=settings.max_attempts),
+        "backlog": backlog,
         "files": Files(database),
         "keys": Keys(database, settings.secret),
         "records": Records(database),
         "objects": DirectoryStore(settings.objects_path),
         "state": RedisState(settings.redis_url, settings.namespace),
         "ids": IdMint(settings.secret),
-        "pump": Pump(ledger),
+        "pump": Pump(backlog),
     }
     return Services(settings=settings, database=database, **made | overrides)
 
@@ -104,7 +109,7 @@ def build_worker_services(
         group=group or settings.group,
         server=server,
         models=Models(server, ttl=settings.catalog_ttl),
-        leases=Leases(base.ledger, every=settings.lease / 3),
+        leases=Leases(base.chunks, every=settings.lease / 3),
     )
 
 

@@ -23,9 +23,9 @@ from inference.client import CancelToken, Deadline
 from inference.metadata import ModelSpec, check
 from inference.tensors import InferRequest, InferResult
 from storage import objects
-from storage.files import file_key
-from storage.jobs import ChunkOutput, Claim, Done, FileRow
+from storage.files import FileRow, file_key
 from storage.lifecycle import ChunkKind, ChunkState, JobKind
+from storage.work import ChunkOutput, Claim, Done
 from tasks import batch_lines, messages
 from tasks.bootstrap import WorkerServices, worker_services
 
@@ -47,7 +47,7 @@ _UNDONE = {
 def run_chunks(ids: list[int]) -> None:
     """Claim what may still be claimed of these chunks, run it, commit it."""
     services = worker_services()
-    claims = services.ledger.claim(ids, services.name)
+    claims = services.chunks.claim(ids, services.name)
     if not claims:
         log.info("nothing to claim", action="chunks.none", chunks=len(ids))
         return
@@ -82,7 +82,7 @@ def _give_back(services: WorkerServices, claims: Sequence[Claim], error: Tidegat
     ceiling = min(MAX_BACKOFF, BACKOFF * 2**attempt)
     delay = max(error.retry_after or 0.0, random.uniform(ceiling / 2, ceiling))
     try:
-        fates = services.ledger.retry(claims, error, delay, counted=counted)
+        fates = services.chunks.retry(claims, error, delay, counted=counted)
         log.warning(
             "chunks given back",
             action="chunks.retry",
@@ -106,7 +106,7 @@ def _run_singles(services: WorkerServices, claims: Sequence[Claim], token: Cance
             again.append((claim, outcome))
         else:
             done.append(Done(claim, items_ok=0, items_failed=1, error=outcome))
-    services.ledger.commit(done)
+    services.chunks.commit(done)
     for claim, error in again:
         _give_back(services, [claim], error)
 
@@ -151,9 +151,9 @@ def _plan(services: WorkerServices, claim: Claim, token: CancelToken) -> None:
     try:
         plans = batch_lines.plan_file(objects.lines(blocks, limits.max_line_bytes), limits)
     except batch_lines.FileErrors as error:
-        services.ledger.reject_plan(claim, error.errors)
+        services.chunks.reject_plan(claim, error.errors)
     else:
-        services.ledger.commit_plan(claim, plans)
+        services.chunks.commit_plan(claim, plans)
 
 
 def _run_lines(services: WorkerServices, claim: Claim, token: CancelToken) -> None:
@@ -181,7 +181,7 @@ def _run_lines(services: WorkerServices, claim: Claim, token: CancelToken) -> No
             failed.append(
                 batch_lines.failed_line(request_id, line.custom_id, _status(outcome), outcome)
             )
-    services.ledger.commit(
+    services.chunks.commit(
         [
             Done(
                 claim,
@@ -242,7 +242,7 @@ def _store(services: WorkerServices, claim: Claim, name: str, lines: list[bytes]
 
 def _finalize(services: WorkerServices, claim: Claim, token: CancelToken) -> None:
     """Put the chunks' outputs into one output file and one error file."""
-    parts = services.ledger.chunk_outputs(claim)
+    parts = services.chunks.chunk_outputs(claim)
     ok = sum(part.items_ok for part in parts)
     total = sum(part.items for part in parts)
     output = errors = None
@@ -260,7 +260,7 @@ def _finalize(services: WorkerServices, claim: Claim, token: CancelToken) -> Non
         )
     if total > ok:
         errors = _file(services, claim, "errors", _error_blocks(services, claim, parts))
-    services.ledger.commit_files(claim, output, errors, ok=ok, failed=total - ok)
+    services.chunks.commit_files(claim, output, errors, ok=ok, failed=total - ok)
 
 
 def _file(services: WorkerServices, claim: Claim, name: str, blocks: Iterator[bytes]) -> FileRow:

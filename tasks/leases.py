@@ -10,7 +10,8 @@ import structlog
 
 from errors import Unavailable
 from inference.client import CancelToken
-from storage.jobs import Claim, Ledger
+from storage.chunks import Chunks
+from storage.work import Claim
 
 log = structlog.get_logger(__name__)
 
@@ -18,8 +19,8 @@ log = structlog.get_logger(__name__)
 class Leases:
     """One thread that renews all leases of this process, `every` so many seconds."""
 
-    def __init__(self, ledger: Ledger, every: float):
-        self._ledger = ledger
+    def __init__(self, chunks: Chunks, every: float):
+        self._chunks = chunks
         self._every = every
         self._held: dict[tuple[int, int], tuple[Claim, CancelToken]] = {}
         self._lock = threading.Lock()
@@ -49,7 +50,7 @@ class Leases:
             held = dict(self._held)
         if not held:
             return
-        lost = self._ledger.renew([claim for claim, _ in held.values()])
+        lost = self._chunks.renew([claim for claim, _ in held.values()])
         living = {id(token) for claim, token in held.values() if claim.id not in lost}
         for claim, token in held.values():
             if claim.id in lost:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import structlog
 
 from errors import Unavailable
-from storage.jobs import Hint, Ledger
+from storage.backlog import Backlog
+from storage.work import Hint
 from tasks import messages
 
 log = structlog.get_logger(__name__)
@@ -23,8 +24,8 @@ class Pump:
     """Runs `pump()` when kicked. Kicks that come during a run become one more run, so a thousand
     submits cost a few runs. A kick is only haste: the sweeper runs the same on a short period."""
 
-    def __init__(self, ledger: Ledger, publish: Callable[[Hint], None] = publish):
-        self._ledger = ledger
+    def __init__(self, backlog: Backlog, publish: Callable[[Hint], None] = publish):
+        self._backlog = backlog
         self._publish = publish
         self._wanted: set[str] = set()
         self._changed = threading.Condition()
@@ -33,7 +34,7 @@ class Pump:
 
     def pump(self, group: str) -> int:
         """Release what the group's credit allows and publish it; the number of chunks."""
-        hints = self._ledger.release(group)
+        hints = self._backlog.release(group)
         for hint in hints:
             try:
                 self._publish(hint)

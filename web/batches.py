@@ -9,8 +9,8 @@ from flask import Response, request
 from flask_smorest import Blueprint
 
 from errors import BadRequest, Conflict
-from storage.jobs import NewBatch, NewJob
 from storage.lifecycle import JobKind, JobState, Priority
+from storage.work import NewBatch, NewJob
 from tasks.batch_lines import parse_endpoint
 from web import files, schemas, views
 from web.context import gateway
@@ -33,7 +33,7 @@ def create(body: dict[str, Any]) -> Response:
     if file.purpose != "batch":
         raise BadRequest("input_file_id: the file's purpose must be batch", param="input_file_id")
     job_id = uuids.uuid7()
-    services.ledger.submit_batch(
+    services.jobs.submit_batch(
         NewJob(
             id=job_id,
             tenant_id=tenant(),
@@ -55,7 +55,7 @@ def create(body: dict[str, Any]) -> Response:
 
 
 def _batch(job_id: Any) -> Response:
-    row = gateway().services.ledger.get(tenant(), job_id)
+    row = gateway().services.jobs.get(tenant(), job_id)
     if row.kind != JobKind.BATCH:
         read_uuid("", "batch_", "batch")
     return respond(views.batch(row))
@@ -66,7 +66,7 @@ def batches() -> Response:
     """This tenant's batches, newest first. `limit`, `after`."""
     limit = page_limit(20, 100)
     after = request.args.get("after")
-    rows = gateway().services.ledger.list(
+    rows = gateway().services.jobs.list(
         tenant(),
         after=read_uuid(after, "batch_", "batch") if after else None,
         limit=limit + 1,
@@ -88,9 +88,9 @@ def cancel(batch_id: str) -> Response:
     """Call a batch off; the lines answered so far are kept in its output file."""
     job_id = read_uuid(batch_id, "batch_", "batch")
     try:
-        gateway().services.ledger.cancel(tenant(), job_id)
+        gateway().services.jobs.cancel(tenant(), job_id)
     except Conflict:
-        row = gateway().services.ledger.get(tenant(), job_id)
+        row = gateway().services.jobs.get(tenant(), job_id)
         status = views.BATCH_STATUS[JobState(row.state)]
         raise Conflict(f"cannot cancel a batch that is {status}") from None
     gateway().services.pump.kick(gateway().services.settings.group)

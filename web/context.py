@@ -69,7 +69,7 @@ class Gateway:
             lane=lane,
             catalog=Catalog(lane, settings.catalog_ttl),
             recorder=Recorder(services.records),
-            waiter=JobWaiter(services.ledger),
+            waiter=JobWaiter(services.jobs),
         )
 
     def close(self) -> None:

@@ -12,8 +12,8 @@ from flask import Response
 from errors import TidegateError, from_wire
 from inference import frames
 from inference.tensors import InferRequest, InferResult
-from storage.jobs import NewJob
 from storage.lifecycle import JobState, Priority
+from storage.work import NewJob
 from web import views
 from web.context import gateway
 from web.http import Preference, tenant
@@ -36,7 +36,7 @@ def submit(
         key = f"jobs/{tenant().hex}/{job_id.hex}/input"
         services.objects.put(key, frame)
         frame = None
-    services.ledger.submit(
+    services.jobs.submit(
         [
             NewJob(
                 id=job_id,
@@ -67,7 +67,7 @@ def infer(
     job_id = submit(asked, within=within)
     if preferred.wait is not None and not preferred.respond_async:
         gateway().waiter.wait(job_id, preferred.wait)
-        row = gateway().services.ledger.get(tenant(), job_id)
+        row = gateway().services.jobs.get(tenant(), job_id)
         if JobState(row.state).terminal:
             response = render(result(job_id, row))
             response.headers["Preference-Applied"] = f"wait={preferred.wait:g}"
@@ -79,7 +79,7 @@ def infer(
 
 def accepted(job_id: UUID, preferred: Preference, *, ended: int = 202) -> Response:
     """The job, and where to look; status `ended` where it has reached its end."""
-    row = gateway().services.ledger.get(tenant(), job_id)
+    row = gateway().services.jobs.get(tenant(), job_id)
     job = views.job(row)
     headers = {"Location": job["urls"]["self"], "Vary": "Prefer", "Tidegate-Job-Id": str(job_id)}
     terminal = JobState(row.state).terminal
@@ -97,7 +97,7 @@ def result(job_id: UUID, row: Any) -> InferResult:
     services = gateway().services
     if row.error is not None:
         raise from_wire(row.error)
-    frame, key = services.ledger.result(tenant(), job_id)
+    frame, key = services.jobs.result(tenant(), job_id)
     outcome = frames.decode_outcomes(
         frame if frame is not None else services.objects.get(key or "")
     )[0]

@@ -12,8 +12,7 @@ from flask_smorest import Blueprint
 
 from errors import BadRequest, TooLarge
 from storage import objects
-from storage.files import file_key
-from storage.jobs import FileRow
+from storage.files import FileRow, file_key
 from web import schemas, views
 from web.context import gateway
 from web.http import page_limit, read_uuid, require_key, tenant

@@ -11,7 +11,7 @@ from typing import Any
 
 bind = os.environ.get("TIDEGATE_BIND", "127.0.0.1:8080")
 workers = int(os.environ.get("TIDEGATE_GATEWAY_WORKERS", "1"))
-worker_class = "gevent"
+worker_class = "web.draining.DrainingWorker"
 worker_connections = 2000
 # Threads and sockets are made by each worker for itself.
 preload_app = False

@@ -61,7 +61,7 @@ def jobs() -> Response:
     found: list[tuple[UUID, dict[str, Any]]] = []
     durable_kinds = [kind for kind in kinds if kind is not JobKind.REALTIME]
     if durable_kinds:
-        rows = gateway().services.ledger.list(
+        rows = gateway().services.jobs.list(
             tenant(), after=cursor, limit=limit + 1, kinds=durable_kinds, state=state
         )
         found += [(row.id, views.job(row)) for row in rows]
@@ -107,7 +107,7 @@ def _find(job_id: UUID) -> dict[str, Any]:
     """The job's view. An id we gave is never unknown, whatever died: see `storage.ids`."""
     services = gateway().services
     if not services.ids.minted(job_id, tenant()):
-        return views.job(services.ledger.get(tenant(), job_id))
+        return views.job(services.jobs.get(tenant(), job_id))
     over_at = time.monotonic() + RECORD_PATIENCE
     while True:
         record = services.records.get(tenant(), job_id)
@@ -129,7 +129,7 @@ def result(job_id: str) -> Response:
     found = read_uuid(job_id, "", "job")
     if services.ids.minted(found, tenant()):
         raise NotFound("a realtime request's answer went to the connection; it is not kept")
-    row = services.ledger.get(tenant(), found)
+    row = services.jobs.get(tenant(), found)
     if row.kind == JobKind.BATCH:
         raise Conflict(f"a batch's results are files: see /v1/batches/{views.batch_id(row.id)}")
     if not JobState(row.state).terminal:
@@ -150,6 +150,6 @@ def result(job_id: str) -> Response:
 def cancel(job_id: str) -> Response:
     """Call a job off; again is fine. 409 where it has ended otherwise."""
     found = read_uuid(job_id, "", "job")
-    gateway().services.ledger.cancel(tenant(), found)
+    gateway().services.jobs.cancel(tenant(), found)
     gateway().services.pump.kick(gateway().services.settings.group)
-    return respond(views.job(gateway().services.ledger.get(tenant(), found)), 202)
+    return respond(views.job(gateway().services.jobs.get(tenant(), found)), 202)

@@ -8,7 +8,7 @@ from typing import Any
 from uuid import UUID
 
 from storage import ids
-from storage.jobs import FileRow
+from storage.files import FileRow
 from storage.lifecycle import JobKind, JobState, Priority
 
 BATCH_STATUS = {

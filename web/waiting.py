@@ -6,7 +6,7 @@ import threading
 from uuid import UUID
 
 from errors import Unavailable
-from storage.jobs import Ledger
+from storage.jobs import Jobs
 
 FIRST = 0.02
 SLOWEST = 0.25
@@ -15,8 +15,8 @@ SLOWEST = 0.25
 class JobWaiter:
     """Whoever waits longest polls slowest: one statement names every job somebody waits for."""
 
-    def __init__(self, ledger: Ledger):
-        self._ledger = ledger
+    def __init__(self, jobs: Jobs):
+        self._jobs = jobs
         self._waiters: dict[UUID, list[threading.Event]] = {}
         self._lock = threading.Lock()
         self._arrived = threading.Event()
@@ -55,7 +55,7 @@ class JobWaiter:
             if not wanted:
                 continue
             try:
-                ended = self._ledger.ended(wanted)
+                ended = self._jobs.ended(wanted)
             except Unavailable:
                 continue
             with self._lock:

@@ -24,7 +24,7 @@ def build_app(settings: Settings) -> Celery:
         task_serializer="json",
         event_serializer="json",
         accept_content=["json"],
-        # Results live in the ledger or in a gateway's reply list: a result backend would be a third.
+        # Results live in the ledger or in a gateway's reply list; a backend would be a third.
         result_backend=None,
         task_ignore_result=True,
         task_store_errors_even_if_ignored=False,

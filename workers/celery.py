@@ -1,4 +1,4 @@
-"""`celery -A workers` finds the app here. Made when asked for, so that importing needs no settings."""
+"""`celery -A workers` finds the app here. Made when asked for: importing needs no settings."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def extend(app: Celery) -> None:
             default="none",
             show_default=True,
             callback=_gpu,
-            help="The GPU this worker is pinned to, by number or UUID; 'none' on a machine without.",
+            help="The GPU to pin this worker to, by number or UUID; 'none' on a machine without.",
         )
     )
     app.user_options["worker"].add(

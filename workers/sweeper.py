@@ -24,7 +24,7 @@ PARTITIONS_EVERY = 3600.0
 
 def sweep(services: Services) -> None:
     """One round: leases, hints, deadlines, then the pump of every group with work."""
-    found = services.ledger.sweep()
+    found = services.backlog.sweep()
     if found.leases or found.dead or found.hints or found.expired:
         log.info(
             "swept",
@@ -34,7 +34,7 @@ def sweep(services: Services) -> None:
             hints=found.hints,
             expired=found.expired,
         )
-    for group in services.ledger.groups():
+    for group in services.backlog.groups():
         services.pump.pump(group)
 
 

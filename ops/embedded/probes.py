@@ -9,6 +9,8 @@ from typing import Any
 
 TIMEOUT = 2.0
 """Seconds one question may take. A server that is still starting does not answer at all."""
+EXCERPT = 300
+"""Bytes of an unexpected answer that an error shows."""
 
 # No proxies: everything asked here is on loopback, whatever the environment says.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -18,20 +20,16 @@ class NotReady(Exception):
     """The answer was not the expected one."""
 
 
-def status(url: str) -> int:
-    """The status that a GET is answered with, errors included."""
+def expect(url: str, expected: int) -> None:
+    """Raise unless a GET is answered with this status."""
     try:
         with _OPENER.open(url, timeout=TIMEOUT) as response:
-            return int(response.status)
+            status, text = response.status, ""
     except urllib.error.HTTPError as error:
         with error:
-            return error.code
-
-
-def expect(url: str, expected: int) -> None:
-    found = status(url)
-    if found != expected:
-        raise NotReady(f"{url} answers {found}, not {expected}")
+            status, text = error.code, error.read(EXCERPT).decode(errors="replace").strip()
+    if status != expected:
+        raise NotReady(f"{url} answers {status}, not {expected} {text}".rstrip())
 
 
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Stack:
         except BaseException:
             self._close()
             raise
-        os.pwrite(self._lock or 0, self.env["TIDEGATE_URL"].encode().ljust(64), 16)
+        (self.var / "lock").write_text(f"pid {os.getpid()}, {self.env['TIDEGATE_URL']}")
         envfile.write(self.var / "tidegate.env", self.env)
 
     def start(
@@ -144,27 +144,31 @@ class Stack:
         Raises StackError with the end of its log when a process dies again and again.
         """
         backoffs = {name: Backoff() for name in self._children}
+        latest = dict(self._children)
+        reviving: set[str] = set()
         due: dict[str, float] = {}
-        reviving: dict[str, Child] = {}
         while not interrupted():
             now = time.monotonic()
             for name, child in list(self._children.items()):
-                if not child.alive():
-                    again = backoffs[name].died(now)
-                    reviving.pop(name, None)
-                    self._bury(name)
-                    if again is None:
-                        raise StackError(f"{name} dies again and again. {_log_of(child)}")
-                    self._tell(f"{name} {_cause(child)}; again in {again - now:.1f} s")
-                    due[name] = again
+                if name not in reviving:
+                    if not child.alive():
+                        self._bury(name)
+                    continue
+                with contextlib.suppress(StackError):  # Then it is buried, too.
+                    if self._is_ready(child):
+                        reviving.remove(name)
+                        self._tell(f"{name} is ready again")
+            for name in sorted(backoffs.keys() - self._children.keys() - due.keys()):
+                reviving.discard(name)
+                again = backoffs[name].died(now)
+                if again is None:
+                    raise StackError(f"{name} dies again and again. {_log_of(latest[name])}")
+                self._tell(f"{name} {_cause(latest[name])}; again in {again - now:.1f} s")
+                due[name] = again
             for name in [name for name, when in due.items() if when <= now]:
                 del due[name]
-                reviving[name] = self._spawn(self.processes[name])
-            for name, child in list(reviving.items()):
-                with contextlib.suppress(StackError):
-                    if self._is_ready(child):
-                        del reviving[name]
-                        self._tell(f"{name} is ready again")
+                reviving.add(name)
+                latest[name] = self._spawn(self.processes[name])
             time.sleep(WATCH)
 
     def stop(self, *names: str, hurry: Callable[[], bool] = never) -> None:
@@ -172,7 +176,7 @@ class Stack:
 
         Each may take its time to end in order, unless `hurry()`; then it is killed.
         """
-        chosen = [self._children[name] for name in names or list(self._children)]
+        chosen = [child for name, child in self._children.items() if not names or name in names]
         for tier in sorted({child.process.tier for child in chosen}, reverse=True):
             group = [child for child in chosen if child.process.tier == tier]
             asked = time.monotonic()
@@ -229,13 +233,10 @@ class Stack:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            pid, _, where = os.pread(lock, 100, 0).decode().partition(" ")
             os.close(lock)
-            raise StackError(
-                f"already running on {self.var}: pid {pid}, {where.strip() or 'starting'}"
-            ) from None
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, str(os.getpid()).encode().ljust(16), 0)
+            owner = (self.var / "lock").read_text()
+            raise StackError(f"already running on {self.var}: {owner}") from None
+        (self.var / "lock").write_text(f"pid {os.getpid()}, starting")
         self._lock = lock
 
     def _define(self) -> None:
@@ -292,6 +293,8 @@ class Stack:
         self._lock = None
 
     def _spawn(self, process: Process) -> Child:
+        if process.name in self._children:
+            self._bury(process.name)
         child = Child(process, self.log(process.name), ROOT)
         self._children[process.name] = child
         self._record()

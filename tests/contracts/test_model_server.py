@@ -164,7 +164,7 @@ def test_the_deadline_is_kept(server: ModelServer) -> None:
     started = time.monotonic()
     with pytest.raises(DeadlineExceeded):
         server.infer(identity(delay_ms=10_000), Deadline.after(0.3))
-    assert 0.25 < time.monotonic() - started < 2.0
+    assert 0.25 < time.monotonic() - started < 5.0
 
 
 def test_cancelled_work_makes_room_for_other_work(server: ModelServer) -> None:
@@ -179,7 +179,7 @@ def test_cancelled_work_makes_room_for_other_work(server: ModelServer) -> None:
         time.sleep(0.5)
         assert not any(one.done() for one in slow)
         token.cancel()
-        assert all(isinstance(one.exception(timeout=2.0), Cancelled) for one in slow)
+        assert all(isinstance(one.exception(timeout=5.0), Cancelled) for one in slow)
     started = time.monotonic()
     server.infer(identity(), soon())
     assert time.monotonic() - started < 5.0

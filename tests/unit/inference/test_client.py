@@ -21,10 +21,10 @@ from errors import (
     TooLarge,
     Unavailable,
 )
-from inference.client import ERRORS, Outcome, TritonServer, translate
+from inference.client import ERRORS, TritonServer, translate
 from inference.deadline import CancelToken, Deadline
 from inference.fake import IDENTITY, Delay, Fail, FakeModel, FakeTriton, Sleep
-from inference.tensors import InferRequest, InferResult, Tensor
+from inference.tensors import InferRequest, InferResult, Outcome, Tensor
 from tests.unit.inference.strategies import identity, ints
 
 MIB = 1024 * 1024
@@ -50,6 +50,16 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert not patience.expired()
         time.sleep(0.002)
+
+
+def once(condition: Callable[[], bool], action: Callable[[], object]) -> None:
+    """Do something in another thread as soon as something else has happened."""
+
+    def wait() -> None:
+        until(condition)
+        action()
+
+    threading.Thread(target=wait).start()
 
 
 @pytest.fixture
@@ -106,14 +116,13 @@ def test_the_deadline_ends_the_call_and_the_work(
     fake: FakeTriton, server: TritonServer, token: CancelToken | None
 ) -> None:
     with pytest.raises(DeadlineExceeded):
-        server.infer(SLOW, Deadline.after(0.1), token)
+        server.infer(SLOW, Deadline.after(0.3), token)
     until(lambda: fake.counts("identity").cancelled == 1)
 
 
 def test_cancel_ends_the_call_and_the_work(fake: FakeTriton, server: TritonServer) -> None:
     token = CancelToken()
-    timer = threading.Timer(0.1, token.cancel)
-    timer.start()
+    once(lambda: fake.counts("identity").received == 1, token.cancel)
     with pytest.raises(Cancelled):
         server.infer(SLOW, soon(), token)
     until(lambda: fake.counts("identity").cancelled == 1)
@@ -213,8 +222,7 @@ def test_a_model_that_mixes_rows_up_is_asked_one_by_one() -> None:
 
 def test_cancel_ends_all_of_many(fake: FakeTriton, server: TritonServer) -> None:
     token = CancelToken()
-    timer = threading.Timer(0.1, token.cancel)
-    timer.start()
+    once(lambda: fake.counts("identity").received == 2, token.cancel)
     outcomes = server.infer_many([SLOW, SLOW], soon(), token)
     assert [type(one) for one in outcomes] == [Cancelled, Cancelled]
     until(lambda: fake.counts("identity").cancelled == 2)
@@ -232,8 +240,7 @@ def test_the_first_call_after_a_restart_succeeds(fake: FakeTriton, server: Trito
 
 def test_a_call_cut_off_by_a_restart_is_sent_again(fake: FakeTriton, server: TritonServer) -> None:
     fake.script("identity", [Delay(20.0)])
-    timer = threading.Timer(0.1, fake.restart)
-    timer.start()
+    once(lambda: fake.counts("identity").received == 1, fake.restart)
     assert server.infer(GOOD, soon()).outputs
 
 
@@ -298,3 +305,8 @@ def test_a_models_traceback_stays_with_its_operator() -> None:
     )
     message = translate(grpc.StatusCode.INTERNAL, details).message
     assert message == "Failed to process ..., message: ValueError: boom"
+
+
+def test_an_error_does_not_repeat_the_clients_id() -> None:
+    details = "[request id: mine] input byte size mismatch"
+    assert translate(grpc.StatusCode.INVALID_ARGUMENT, details).message.startswith("input byte")

@@ -272,7 +272,18 @@ json_values = st.recursive(
         st.lists(inner, max_size=3)
         | st.dictionaries(
             st.sampled_from(
-                "inputs outputs name datatype shape data id parameters binary_data binary_data_size".split()
+                [
+                    "inputs",
+                    "outputs",
+                    "name",
+                    "datatype",
+                    "shape",
+                    "data",
+                    "id",
+                    "parameters",
+                    "binary_data",
+                    "binary_data_size",
+                ]
             ),
             inner,
             max_size=6,

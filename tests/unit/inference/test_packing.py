@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference.packing import Pack, Unsplittable, plan, split
+from inference.packing import Pack, UnsplittableError, plan, split
 from inference.tensors import InferRequest, InferResult, Tensor, check_raw
 from tests.unit.inference.strategies import identity, ints, scalars, tensors, texts
 
@@ -143,5 +143,5 @@ def test_without_batching_nothing_is_merged() -> None:
 )
 def test_an_answer_without_a_row_per_row_cannot_be_split(output: Tensor) -> None:
     (pack,) = plan([identity(ints([[1]]))] * 2, 8)
-    with pytest.raises(Unsplittable):
+    with pytest.raises(UnsplittableError):
         split(pack, InferResult("identity", "1", (output,)))

@@ -113,7 +113,7 @@ def test_deaths_long_ago_do_not_count() -> None:
 
 def test_a_second_stack_on_a_folder_is_refused(tmp_path: Path) -> None:
     with Stack(tmp_path) as first:
-        first._take_lock()
+        first.open()
         with pytest.raises(StackError, match=rf"already running on {tmp_path}: pid {os.getpid()},"):
             Stack(tmp_path).open()
 

@@ -1,0 +1,241 @@
+"""The backlog: what may go to the broker next, and what nobody is working on.
+
+A chunk row is its own outbox entry: until `released`, `release` finds it; released and silent,
+`sweep` finds it; claimed and silent, its lease runs out. So no message is ever needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from errors import ModelFailed
+from storage import fairness, moves, tables
+from storage.database import Database, Row
+from storage.lifecycle import ChunkKind, ChunkState, JobState, Priority
+from storage.work import Hint, Swept
+
+_jobs, _chunks = tables.jobs.c, tables.chunks.c
+
+CANDIDATES = 1024
+"""Chunks of one tenant the pump looks at in one go."""
+HINT_CHUNKS = 64
+"""Most one-item chunks named by one hint: keeps the message far below 4 KiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """Every method is safe to run from many processes at once."""
+
+    database: Database
+    max_attempts: int = 3
+    credit: int = 4096
+    """Items per group that may wait in the broker."""
+    hint_timeout: float = 10.0
+    """Seconds a released chunk may stay unclaimed."""
+
+    def release(self, group: str) -> list[Hint]:
+        """Move work from the ledger towards the broker: as much as the group's credit allows, by
+        priority class, then fairly between tenants. Publish the hints after this returns; one that
+        gets lost is found by `sweep`.
+        """
+        with self.database.transaction() as connection:
+            # One pump per group at a time. Waiting for it, not skipping: its snapshot may be older
+            # than the row that made us call.
+            connection.execute(
+                sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"pump:{group}")))
+            )
+            budget = (
+                self.credit
+                - connection.execute(
+                    sa.select(sa.func.coalesce(sa.func.sum(_chunks.item_count), 0)).where(
+                        _chunks.group_name == group, _chunks.state == ChunkState.RELEASED
+                    )
+                ).scalar_one()
+            )
+            picked: list[int] = []
+            for priority in Priority:
+                if budget <= 0:
+                    break
+                ids, spent = self._choose(connection, group, priority, int(budget))
+                budget -= spent
+                picked += ids
+            if not picked:
+                return []
+            rows = connection.execute(
+                sa.update(tables.chunks)
+                .where(_chunks.id.in_(picked), _chunks.state == ChunkState.QUEUED)
+                .values(state=ChunkState.RELEASED.value, released_at=moves.clock)
+                .returning(
+                    _chunks.id,
+                    _chunks.model,
+                    _chunks.version,
+                    _chunks.kind,
+                    _chunks.item_count.label("items"),
+                )
+            ).all()
+        order = {chunk: place for place, chunk in enumerate(picked)}
+        return _hints(group, sorted(rows, key=lambda row: order[row.id]))
+
+    def _choose(
+        self, connection: sa.Connection, group: str, priority: Priority, budget: int
+    ) -> tuple[list[int], int]:
+        rows = connection.execute(
+            _CANDIDATES, {"group": group, "priority": int(priority), "limit": CANDIDATES}
+        ).all()
+        if not rows:
+            return [], 0
+        backlog: dict[UUID, list[fairness.Waiting]] = {}
+        weights: dict[UUID, int] = {}
+        items: dict[int, int] = {}
+        for row in rows:
+            backlog.setdefault(row.tenant_id, []).append(fairness.Waiting(row.id, row.items))
+            weights[row.tenant_id] = row.weight
+            items[row.id] = row.items
+        share = tables.shares.c
+        mine = sa.and_(share.group_name == group, share.priority == int(priority))
+        deficits = {
+            row.tenant_id: row.deficit
+            for row in connection.execute(sa.select(share.tenant_id, share.deficit).where(mine))
+        }
+        choice = fairness.choose(backlog, deficits, weights, budget)
+        if dict(choice.deficits) != deficits:
+            connection.execute(sa.delete(tables.shares).where(mine))
+            if choice.deficits:
+                connection.execute(
+                    sa.insert(tables.shares),
+                    [
+                        {
+                            "group_name": group,
+                            "priority": int(priority),
+                            "tenant_id": tenant,
+                            "deficit": deficit,
+                        }
+                        for tenant, deficit in choice.deficits.items()
+                    ],
+                )
+        return list(choice.picked), sum(items[chunk] for chunk in choice.picked)
+
+    def groups(self) -> list[str]:
+        """Groups with work that could be released."""
+        with self.database.transaction() as connection:
+            return list(connection.execute(_GROUPS).scalars())
+
+    def sweep(self, limit: int = 500) -> Swept:
+        """Find what nobody is working on: expired leases, silent hints, passed deadlines."""
+        with self.database.transaction() as connection:
+            lapsed = sa.and_(_chunks.state == ChunkState.RUNNING, _chunks.lease_until < moves.now)
+            leases = connection.execute(
+                sa.update(tables.chunks)
+                .where(moves.some(lapsed, _chunks.attempts < self.max_attempts, limit=limit))
+                .values(state=ChunkState.QUEUED.value, not_before=moves.now, lease_until=None)
+            ).rowcount
+            hints = connection.execute(
+                sa.update(tables.chunks)
+                .where(
+                    moves.some(
+                        _chunks.state == ChunkState.RELEASED,
+                        _chunks.released_at < moves.now - moves.seconds(self.hint_timeout),
+                        limit=limit,
+                    )
+                )
+                .values(state=ChunkState.QUEUED.value, released_at=None)
+            ).rowcount
+        return Swept(
+            leases=leases,
+            hints=hints,
+            dead=self._sweep_dead(limit),
+            expired=self._sweep_deadlines(limit),
+        )
+
+    def _sweep_dead(self, limit: int) -> int:
+        lapsed = sa.and_(
+            _chunks.state == ChunkState.RUNNING,
+            _chunks.lease_until < moves.now,
+            _chunks.attempts >= self.max_attempts,
+        )
+        with self.database.transaction() as connection:
+            found = sa.select(_chunks.job_id).where(lapsed).limit(limit)
+            jobs = moves.lock_jobs(connection, _jobs.id.in_(found), skip=True)
+            if not jobs:
+                return 0
+            mine = sa.and_(lapsed, _chunks.job_id.in_([job.id for job in jobs]))
+            error = ModelFailed(f"every worker that tried this died: {self.max_attempts} attempts")
+            return len(moves.bury(connection, mine, error))
+
+    def _sweep_deadlines(self, limit: int) -> int:
+        with self.database.transaction() as connection:
+            jobs = moves.lock_jobs(
+                connection,
+                sa.and_(
+                    _jobs.deadline_at < moves.now,
+                    _jobs.state.in_([JobState.QUEUED, JobState.RUNNING]),
+                ),
+                skip=True,
+                limit=limit,
+            )
+            for job in jobs:
+                moves.stop_job(connection, job, ChunkState.EXPIRED, JobState.EXPIRED)
+        return len(jobs)
+
+
+def _hints(group: str, rows: Sequence[Row]) -> list[Hint]:
+    """One hint per chunk, but one-item chunks of one model version share hints."""
+    hints: list[Hint] = []
+    singles: dict[tuple[str, str], list[int]] = {}
+    for row in rows:
+        if row.kind != ChunkKind.INFER or row.items > 1:
+            hints.append(Hint(group, row.model, row.version, (row.id,)))
+            continue
+        waiting = singles.setdefault((row.model, row.version), [])
+        waiting.append(row.id)
+        if len(waiting) == HINT_CHUNKS:
+            hints.append(Hint(group, row.model, row.version, tuple(waiting)))
+            waiting.clear()
+    hints += [Hint(group, *model, tuple(ids)) for model, ids in singles.items() if ids]
+    return hints
+
+
+_CANDIDATES = sa.text(
+    """
+    WITH RECURSIVE waiting AS (
+        (SELECT tenant_id FROM chunks
+          WHERE state = 'queued' AND group_name = :group AND priority = :priority
+          ORDER BY tenant_id LIMIT 1)
+        UNION ALL
+        SELECT (SELECT c.tenant_id FROM chunks c
+                 WHERE c.state = 'queued' AND c.group_name = :group AND c.priority = :priority
+                   AND c.tenant_id > waiting.tenant_id
+                 ORDER BY c.tenant_id LIMIT 1)
+          FROM waiting WHERE waiting.tenant_id IS NOT NULL
+    )
+    SELECT oldest.id, oldest.items, tenants.id AS tenant_id, tenants.weight
+      FROM waiting
+      JOIN tenants ON tenants.id = waiting.tenant_id
+     CROSS JOIN LATERAL (
+        SELECT c.id, c.item_count AS items FROM chunks c
+         WHERE c.state = 'queued' AND c.group_name = :group AND c.priority = :priority
+           AND c.tenant_id = waiting.tenant_id AND c.not_before <= now()
+         ORDER BY c.id LIMIT :limit
+         FOR UPDATE SKIP LOCKED
+     ) oldest
+    """
+)
+
+
+_GROUPS = sa.text(
+    """
+    WITH RECURSIVE found AS (
+        (SELECT group_name FROM chunks WHERE state = 'queued' ORDER BY group_name LIMIT 1)
+        UNION ALL
+        SELECT (SELECT c.group_name FROM chunks c
+                 WHERE c.state = 'queued' AND c.group_name > found.group_name
+                 ORDER BY c.group_name LIMIT 1)
+          FROM found WHERE found.group_name IS NOT NULL
+    )
+    SELECT group_name FROM found WHERE group_name IS NOT NULL
+    """
+)

@@ -1,0 +1,333 @@
+"""Chunks in the hands of workers: claim, renew, give back, commit.
+
+A claim carries a fencing token; a commit whose token somebody newer has replaced changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from errors import TidegateError
+from storage import moves, tables
+from storage.database import Database, Row
+from storage.files import FileRow, insert_file
+from storage.lifecycle import ChunkKind, ChunkState, JobKind, JobState
+from storage.work import ChunkOutput, ChunkPlan, Claim, Done, Fate
+
+_jobs, _batches, _chunks = tables.jobs.c, tables.batches.c, tables.chunks.c
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Every method is one transaction; safe to share between threads. `lease` is seconds."""
+
+    database: Database
+    lease: float = 30.0
+    max_attempts: int = 3
+
+    def claim(self, ids: Iterable[int], worker: str) -> list[Claim]:
+        """Take those of `ids` that may run now. A chunk finished, cancelled, expired, held by a
+        live lease or out of attempts is left out: a message about it is only a message."""
+        wanted = sorted(set(ids))
+        if not wanted:
+            return []
+        with self.database.transaction() as connection:
+            of_chunks = sa.select(_chunks.job_id).where(_chunks.id.in_(wanted))
+            moves.lock_jobs(connection, _jobs.id.in_(of_chunks))
+            claimed = connection.execute(
+                sa.update(tables.chunks)
+                .where(
+                    _chunks.id.in_(wanted),
+                    _chunks.job_id == _jobs.id,
+                    sa.or_(
+                        sa.and_(
+                            _chunks.state.in_([ChunkState.QUEUED, ChunkState.RELEASED]),
+                            _chunks.not_before <= moves.now,
+                        ),
+                        sa.and_(
+                            _chunks.state == ChunkState.RUNNING, _chunks.lease_until < moves.now
+                        ),
+                    ),
+                    _chunks.attempts < self.max_attempts,
+                    sa.or_(_jobs.deadline_at > moves.now, _chunks.kind == ChunkKind.FINALIZE),
+                )
+                .values(
+                    state=ChunkState.RUNNING.value,
+                    attempts=_chunks.attempts + 1,
+                    lease_token=_chunks.lease_token + 1,
+                    lease_until=moves.clock + moves.seconds(self.lease),
+                    released_at=None,
+                    worker=worker,
+                )
+                .returning(_chunks.id)
+            ).scalars()
+            held = sorted(claimed)
+            if not held:
+                return []
+            rows = connection.execute(_CLAIMED, {"ids": held}).all()
+            connection.execute(
+                sa.update(tables.jobs)
+                .where(
+                    _jobs.id.in_({row.job_id for row in rows}),
+                    _jobs.kind == JobKind.INFER,
+                    _jobs.state.in_([JobState.QUEUED, JobState.RUNNING]),
+                )
+                .values(
+                    state=JobState.RUNNING.value,
+                    started_at=sa.func.coalesce(_jobs.started_at, moves.now),
+                    attempts=_jobs.attempts + 1,
+                    worker=worker,
+                )
+            )
+            connection.execute(
+                sa.update(tables.jobs)
+                .where(
+                    _jobs.id.in_({row.job_id for row in rows}),
+                    _jobs.kind == JobKind.BATCH,
+                    _jobs.started_at.is_(None),
+                )
+                .values(started_at=moves.now)
+            )
+        return [_claim(row) for row in rows]
+
+    def renew(self, claims: Sequence[Claim]) -> set[int]:
+        """Lengthen leases; the ids that were lost to a newer owner, a cancel or a deadline."""
+        if not claims:
+            return set()
+        with self.database.transaction() as connection:
+            # A row that somebody has locked is being committed or ended: no need to wait for it.
+            connection.execute(
+                sa.update(tables.chunks)
+                .where(moves.some(moves.held(claims), limit=len(claims)))
+                .values(lease_until=moves.clock + moves.seconds(self.lease))
+            )
+            held = connection.execute(sa.select(_chunks.id).where(moves.held(claims))).scalars()
+            return {claim.id for claim in claims} - set(held)
+
+    def retry(
+        self, claims: Sequence[Claim], error: TidegateError, delay: float, *, counted: bool = True
+    ) -> dict[int, Fate]:
+        """Give chunks back after a failed attempt, to run again after `delay` seconds, or declare
+        them dead where their attempts are used up. `counted=False` takes the attempt back: the
+        chunk was not to blame (its model server was away)."""
+        if not claims:
+            return {}
+        fates = {claim.id: Fate.STALE for claim in claims}
+        spent = [claim for claim in claims if counted and claim.attempts >= self.max_attempts]
+        again = [claim for claim in claims if not counted or claim.attempts < self.max_attempts]
+        with self.database.transaction() as connection:
+            moves.lock_jobs(connection, _jobs.id.in_({claim.job_id for claim in claims}))
+            if again:
+                rows = connection.execute(
+                    sa.update(tables.chunks)
+                    .where(moves.held(again))
+                    .values(
+                        state=ChunkState.QUEUED.value,
+                        attempts=_chunks.attempts - (0 if counted else 1),
+                        not_before=moves.clock + moves.seconds(delay),
+                        lease_until=None,
+                        error=error.to_wire(),
+                    )
+                    .returning(_chunks.id)
+                )
+                fates |= dict.fromkeys(rows.scalars(), Fate.RETRIED)
+            if spent:
+                dead = moves.bury(connection, moves.held(spent), error)
+                fates |= dict.fromkeys(dead, Fate.DEAD)
+        return fates
+
+    def commit(self, done: Sequence[Done]) -> set[int]:
+        """Commit attempts at infer chunks: the ids that were still ours. The last chunk of a job
+        finishes it, or starts putting its files together, in the same transaction."""
+        if not done:
+            return set()
+        with self.database.transaction() as connection:
+            moves.lock_jobs(connection, _jobs.id.in_({item.claim.job_id for item in done}))
+            values = sa.values(
+                sa.column("id", sa.BigInteger),
+                sa.column("token", sa.BigInteger),
+                sa.column("output_key", sa.Text),
+                sa.column("error_key", sa.Text),
+                sa.column("items_ok", sa.BigInteger),
+                sa.column("items_failed", sa.BigInteger),
+                name="done",
+            ).data(
+                [
+                    (
+                        d.claim.id,
+                        d.claim.token,
+                        d.output_key,
+                        d.error_key,
+                        d.items_ok,
+                        d.items_failed,
+                    )
+                    for d in done
+                ]
+            )
+            committed = set(
+                connection.execute(
+                    sa.update(tables.chunks)
+                    .where(
+                        _chunks.id == values.c.id,
+                        _chunks.lease_token == values.c.token,
+                        _chunks.state == ChunkState.RUNNING,
+                    )
+                    .values(
+                        state=ChunkState.DONE.value,
+                        finished_at=moves.clock,
+                        lease_until=None,
+                        output_key=sa.cast(values.c.output_key, sa.Text),
+                        error_key=sa.cast(values.c.error_key, sa.Text),
+                        items_ok=values.c.items_ok,
+                        items_failed=values.c.items_failed,
+                    )
+                    .returning(_chunks.id)
+                ).scalars()
+            )
+            mine = [item for item in done if item.claim.id in committed]
+            moves.finish_single(connection, [d for d in mine if d.claim.job_kind is JobKind.INFER])
+            tallies: dict[UUID, moves.Tally] = {}
+            for item in mine:
+                if item.claim.job_kind is JobKind.BATCH:
+                    tally = tallies.setdefault(item.claim.job_id, moves.Tally())
+                    tally.chunks += 1
+                    tally.ok += item.items_ok
+                    tally.failed += item.items_failed
+            moves.fan_in(connection, tallies)
+        return committed
+
+    def commit_plan(self, claim: Claim, plans: Sequence[ChunkPlan]) -> bool:
+        """Commit what reading the input file found: its chunks. False: somebody newer owns it."""
+        with self.database.transaction() as connection:
+            moves.lock_jobs(connection, _jobs.id == claim.job_id)
+            if not moves.commit_control(connection, claim):
+                return False
+            job = connection.execute(
+                sa.update(tables.jobs)
+                .where(_jobs.id == claim.job_id, _jobs.state == JobState.QUEUED)
+                .values(
+                    state=JobState.RUNNING.value,
+                    running_at=moves.clock,
+                    chunks_total=len(plans),
+                    items_total=sum(plan.items for plan in plans),
+                )
+                .returning(*tables.jobs.c)
+            ).one()
+            moves.insert_chunks(
+                connection,
+                [
+                    moves.chunk_row(job.id, job, seq=seq, kind=ChunkKind.INFER, plan=plan)
+                    for seq, plan in enumerate(plans, start=1)
+                ],
+            )
+            return True
+
+    def reject_plan(self, claim: Claim, errors: Sequence[Mapping[str, Any]]) -> bool:
+        """The input file cannot be read: the batch failed validation."""
+        with self.database.transaction() as connection:
+            moves.lock_jobs(connection, _jobs.id == claim.job_id)
+            if not moves.commit_control(connection, claim):
+                return False
+            connection.execute(
+                sa.update(tables.batches)
+                .where(_batches.job_id == claim.job_id)
+                .values(errors=[dict(error) for error in errors])
+            )
+            moves.end_job(connection, _jobs.id == claim.job_id, JobState.FAILED, dict(errors[0]))
+            return True
+
+    def chunk_outputs(self, claim: Claim) -> list[ChunkOutput]:
+        """All infer chunks of the job, in the order of their lines."""
+        with self.database.transaction() as connection:
+            rows = connection.execute(
+                sa.select(
+                    _chunks.item_count.label("items"),
+                    *(
+                        _chunks[name]
+                        for name in ChunkOutput.__dataclass_fields__
+                        if name != "items"
+                    ),
+                )
+                .where(_chunks.job_id == claim.job_id, _chunks.kind == ChunkKind.INFER)
+                .order_by(_chunks.seq)
+            ).all()
+        return [ChunkOutput(**{**row._mapping, "state": ChunkState(row.state)}) for row in rows]
+
+    def commit_files(
+        self, claim: Claim, output: FileRow | None, errors: FileRow | None, *, ok: int, failed: int
+    ) -> bool:
+        """Commit the files a batch ends with, and end it as its outcome says."""
+        with self.database.transaction() as connection:
+            moves.lock_jobs(connection, _jobs.id == claim.job_id)
+            if not moves.commit_control(connection, claim):
+                return False
+            for row in (output, errors):
+                if row is not None:
+                    insert_file(connection, row)
+            connection.execute(
+                sa.update(tables.batches)
+                .where(_batches.job_id == claim.job_id)
+                .values(
+                    output_file_id=output.id if output else None,
+                    error_file_id=errors.id if errors else None,
+                )
+            )
+            connection.execute(
+                sa.update(tables.jobs)
+                .where(_jobs.id == claim.job_id)
+                .values(items_ok=ok, items_failed=failed)
+            )
+            moves.end_job(
+                connection,
+                _jobs.id == claim.job_id,
+                JobState(claim.outcome or JobState.SUCCEEDED),
+                None,
+            )
+            return True
+
+
+def _claim(row: Row) -> Claim:
+    values = dict(row._mapping)
+    values["kind"] = ChunkKind(values["kind"])
+    values["job_kind"] = JobKind(values["job_kind"])
+    values["duplicates"] = tuple(values["duplicates"] or ())
+    values["input"] = bytes(values["input"]) if values["input"] is not None else None
+    values["remaining"] = float(values["remaining"])
+    return Claim(**values)
+
+
+_CLAIMED = (
+    sa.select(
+        _chunks.id,
+        _chunks.lease_token.label("token"),
+        _chunks.kind,
+        _chunks.job_id,
+        _jobs.kind.label("job_kind"),
+        _chunks.tenant_id,
+        _chunks.seq,
+        _chunks.model,
+        _chunks.version,
+        _chunks.attempts,
+        _chunks.item_count.label("items"),
+        _chunks.first_line,
+        _chunks.byte_start,
+        _chunks.byte_end,
+        _chunks.duplicates,
+        sa.extract("epoch", _jobs.deadline_at - moves.clock).label("remaining"),
+        _jobs.input,
+        _jobs.input_key,
+        sa.func.coalesce(_batches.endpoint, "").label("endpoint"),
+        sa.func.coalesce(tables.files.c.object_key, "").label("file_key"),
+        _jobs.outcome,
+    )
+    .join(tables.jobs, _jobs.id == _chunks.job_id)
+    .outerjoin(tables.batches, _batches.job_id == _jobs.id)
+    .outerjoin(tables.files, tables.files.c.id == _batches.input_file_id)
+    .where(_chunks.id.in_(sa.bindparam("ids", expanding=True)))
+    .order_by(_chunks.id)
+)

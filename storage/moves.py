@@ -1,0 +1,251 @@
+"""Moves of jobs and chunks from state to state, each on a transaction of the caller's.
+
+Lock order, everywhere: jobs before chunks, each by ascending id. Times are the database's. Every
+UPDATE of a state names the states it may come from, from `lifecycle`'s tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from errors import DeadlineExceeded, TidegateError
+from storage import tables
+from storage.database import Row
+from storage.lifecycle import ChunkKind, ChunkState, JobKind, JobState, chunk_sources, sources
+from storage.work import ChunkPlan, Claim, Done, NewJob
+
+_jobs, _chunks = tables.jobs.c, tables.chunks.c
+clock = sa.func.clock_timestamp()
+now = sa.func.now()
+
+
+@dataclass(slots=True)
+class Tally:
+    chunks: int = 0
+    ok: int = 0
+    failed: int = 0
+
+
+def seconds(value: float) -> Any:
+    return sa.func.make_interval(0, 0, 0, 0, 0, 0, value)
+
+
+def held(claims: Sequence[Claim]) -> sa.ColumnElement[bool]:
+    """The fence: these chunks, while nobody newer has claimed, ended or buried them."""
+    pairs = [(claim.id, claim.token) for claim in claims]
+    return sa.and_(
+        sa.tuple_(_chunks.id, _chunks.lease_token).in_(pairs), _chunks.state == ChunkState.RUNNING
+    )
+
+
+def lock_jobs(
+    connection: sa.Connection,
+    which: sa.ColumnElement[bool],
+    *,
+    skip: bool = False,
+    limit: int | None = None,
+) -> Sequence[Row]:
+    return connection.execute(
+        sa.select(_jobs.id, _jobs.kind, _jobs.state)
+        .where(which)
+        .order_by(_jobs.id)
+        .limit(limit)
+        .with_for_update(key_share=True, skip_locked=skip)
+    ).all()
+
+
+def some(*conditions: sa.ColumnElement[bool], limit: int) -> sa.ColumnElement[bool]:
+    """Up to `limit` chunks that nobody else is changing."""
+    return _chunks.id.in_(
+        sa.select(_chunks.id)
+        .where(*conditions)
+        .order_by(_chunks.id)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+
+
+def chunk_row(
+    job_id: UUID, job: Any, *, seq: int, kind: ChunkKind, plan: ChunkPlan
+) -> dict[str, Any]:
+    """`job` is a NewJob or a row of `jobs`: both name these fields alike but for the group."""
+    return {
+        "job_id": job_id,
+        "seq": seq,
+        "kind": kind.value,
+        "tenant_id": job.tenant_id,
+        "group_name": job.group if isinstance(job, NewJob) else job.group_name,
+        "model": job.model,
+        "version": job.version,
+        "priority": int(job.priority),
+        "state": ChunkState.QUEUED.value,
+        "item_count": plan.items,
+        "first_line": plan.first_line,
+        "byte_start": plan.byte_start,
+        "byte_end": plan.byte_end,
+        "duplicates": list(plan.duplicates) or None,
+    }
+
+
+def insert_chunks(connection: sa.Connection, rows: Sequence[dict[str, Any]]) -> None:
+    if rows:
+        connection.execute(sa.insert(tables.chunks), rows)
+
+
+def finish_single(connection: sa.Connection, done: Sequence[Done]) -> None:
+    if not done:
+        return
+    values = sa.values(
+        sa.column("id", sa.UUID),
+        sa.column("state", sa.Text),
+        sa.column("result", sa.LargeBinary),
+        sa.column("result_key", sa.Text),
+        sa.column("error", tables.JSON),
+        sa.column("ok", sa.BigInteger),
+        name="done",
+    ).data(
+        [
+            (
+                item.claim.job_id,
+                (JobState.FAILED if item.error else JobState.SUCCEEDED).value,
+                item.output,
+                item.output_key,
+                item.error.to_wire() if item.error else None,
+                item.items_ok,
+            )
+            for item in done
+        ]
+    )
+    connection.execute(
+        sa.update(tables.jobs)
+        .where(_jobs.id == values.c.id, _jobs.state.in_(sources(JobState.SUCCEEDED)))
+        .values(
+            state=values.c.state,
+            result=sa.cast(values.c.result, sa.LargeBinary),
+            result_key=sa.cast(values.c.result_key, sa.Text),
+            error=sa.cast(values.c.error, tables.JSON),
+            items_ok=values.c.ok,
+            items_failed=1 - values.c.ok,
+            chunks_done=1,
+            finished_at=clock,
+        )
+    )
+
+
+def fan_in(connection: sa.Connection, tallies: Mapping[UUID, Tally]) -> None:
+    for job_id in sorted(tallies):
+        tally = tallies[job_id]
+        row = connection.execute(
+            sa.update(tables.jobs)
+            .where(_jobs.id == job_id)
+            .values(
+                chunks_done=_jobs.chunks_done + tally.chunks,
+                items_ok=_jobs.items_ok + tally.ok,
+                items_failed=_jobs.items_failed + tally.failed,
+            )
+            .returning(_jobs.chunks_done, _jobs.chunks_total, _jobs.state)
+        ).one()
+        if row.chunks_done == row.chunks_total and row.state == JobState.RUNNING:
+            finalize(connection, job_id, JobState.FINALIZING, JobState.SUCCEEDED)
+
+
+def finalize(connection: sa.Connection, job_id: UUID, state: JobState, outcome: JobState) -> None:
+    """Stop running items of a batch and put its files together, to end in `outcome`."""
+    entered = _jobs.finalizing_at if state is JobState.FINALIZING else _jobs.cancelling_at
+    job = connection.execute(
+        sa.update(tables.jobs)
+        .where(_jobs.id == job_id, _jobs.state.in_(sources(state)))
+        .values({"state": state.value, "outcome": outcome.value, entered.name: clock})
+        .returning(*tables.jobs.c)
+    ).one_or_none()
+    if job is None:
+        return
+    plan = ChunkPlan(items=1, first_line=0, byte_start=0, byte_end=0)
+    row = chunk_row(job.id, job, seq=job.chunks_total + 1, kind=ChunkKind.FINALIZE, plan=plan)
+    insert_chunks(connection, [row])
+
+
+def commit_control(connection: sa.Connection, claim: Claim) -> bool:
+    return (
+        connection.execute(
+            sa.update(tables.chunks)
+            .where(held([claim]))
+            .values(state=ChunkState.DONE.value, finished_at=clock, lease_until=None)
+        ).rowcount
+        == 1
+    )
+
+
+def end_job(
+    connection: sa.Connection,
+    which: sa.ColumnElement[bool],
+    state: JobState,
+    error: dict[str, Any] | None,
+) -> None:
+    values: dict[str, Any] = {"state": state.value, "finished_at": clock}
+    if error is not None:
+        values["error"] = error
+    connection.execute(
+        sa.update(tables.jobs).where(which, _jobs.state.in_(sources(state))).values(values)
+    )
+
+
+def bury(
+    connection: sa.Connection, which: sa.ColumnElement[bool], error: TidegateError
+) -> list[int]:
+    """Declare chunks dead, with their jobs' rows locked, and let the jobs know."""
+    rows = connection.execute(
+        sa.update(tables.chunks)
+        .where(which)
+        .values(
+            state=ChunkState.DEAD.value,
+            finished_at=clock,
+            lease_until=None,
+            items_failed=_chunks.item_count,
+            error=error.to_wire(),
+            lease_token=_chunks.lease_token + 1,
+        )
+        .returning(_chunks.id, _chunks.job_id, _chunks.kind, _chunks.item_count.label("items"))
+    ).all()
+    kinds = {
+        row.id: row.kind
+        for row in connection.execute(
+            sa.select(_jobs.id, _jobs.kind).where(_jobs.id.in_({row.job_id for row in rows}))
+        )
+    }
+    tallies: dict[UUID, Tally] = {}
+    for row in rows:
+        if row.kind == ChunkKind.INFER and kinds[row.job_id] == JobKind.BATCH:
+            tally = tallies.setdefault(row.job_id, Tally())
+            tally.chunks += 1
+            tally.failed += row.items
+        else:
+            end_job(connection, _jobs.id == row.job_id, JobState.FAILED, error.to_wire())
+    fan_in(connection, tallies)
+    return [row.id for row in rows]
+
+
+def stop_job(connection: sa.Connection, job: Row, chunk: ChunkState, outcome: JobState) -> JobState:
+    """End a locked job's open chunks and the job; a batch that ran first gathers its files."""
+    connection.execute(
+        sa.update(tables.chunks)
+        .where(_chunks.job_id == job.id, _chunks.state.in_(chunk_sources(chunk)))
+        .values(
+            state=chunk.value,
+            finished_at=clock,
+            lease_until=None,
+            lease_token=_chunks.lease_token + 1,
+        )
+    )
+    if job.kind == JobKind.BATCH and job.state == JobState.RUNNING:
+        entering = JobState.CANCELLING if outcome is JobState.CANCELED else JobState.FINALIZING
+        finalize(connection, job.id, entering, outcome)
+        return entering
+    error = DeadlineExceeded("the job's deadline passed") if outcome is JobState.EXPIRED else None
+    end_job(connection, _jobs.id == job.id, outcome, error.to_wire() if error else None)
+    return outcome

@@ -1,0 +1,140 @@
+"""The values that pass between the ledger and those who work from it. Frozen, no SQL."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from errors import TidegateError
+from storage.lifecycle import ChunkKind, ChunkState, JobKind, Priority
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """What a gateway hands over. `deadline` is seconds from now."""
+
+    id: UUID
+    tenant_id: UUID
+    group: str
+    model: str
+    version: str
+    deadline: float
+    priority: Priority = Priority.NORMAL
+    input: bytes | None = None
+    input_key: str | None = None
+    metadata: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewBatch:
+    """The batch half of a job over a file's lines."""
+
+    endpoint: str
+    completion_window: str
+    input_file_id: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """Chunks to name in one broker message: of one group, model and version."""
+
+    group: str
+    model: str
+    version: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to run one chunk until its lease ends, proved by `token`."""
+
+    id: int
+    token: int
+    kind: ChunkKind
+    job_id: UUID
+    job_kind: JobKind
+    tenant_id: UUID
+    seq: int
+    model: str
+    version: str
+    attempts: int
+    items: int
+    first_line: int
+    byte_start: int
+    byte_end: int
+    duplicates: tuple[int, ...]
+    remaining: float
+    """Seconds to the job's deadline."""
+    input: bytes | None
+    input_key: str | None
+    endpoint: str
+    file_key: str
+    outcome: str | None
+
+    def key(self, name: str) -> str:
+        """An object key only this attempt writes: a stale one can never overwrite a newer one's."""
+        return f"jobs/{self.tenant_id.hex}/{self.job_id.hex}/{self.seq}/{self.token}/{name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What an attempt at an infer chunk produced."""
+
+    claim: Claim
+    items_ok: int
+    items_failed: int
+    output: bytes | None = None
+    output_key: str | None = None
+    error_key: str | None = None
+    error: TidegateError | None = None
+    """One-item jobs: why the item failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPlan:
+    """One range of lines of the input file: `[byte_start, byte_end)`."""
+
+    items: int
+    first_line: int
+    byte_start: int
+    byte_end: int
+    duplicates: tuple[int, ...] = ()
+    """Line numbers whose custom_id an earlier line has."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkOutput:
+    """A chunk as the finalizer sees it."""
+
+    seq: int
+    state: ChunkState
+    items: int
+    first_line: int
+    byte_start: int
+    byte_end: int
+    output_key: str | None
+    error_key: str | None
+    items_ok: int
+    items_failed: int
+    error: Mapping[str, Any] | None
+
+
+class Fate(enum.Enum):
+    """What becomes of a chunk whose attempt failed."""
+
+    RETRIED = "retried"
+    DEAD = "dead"
+    STALE = "stale"
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What one sweep found."""
+
+    leases: int = 0
+    dead: int = 0
+    hints: int = 0
+    expired: int = 0

@@ -1,0 +1,134 @@
+"""What tests share: one embedded stack per test process, and a fresh database where one is asked for.
+
+Everything is real unless a test says `fake`. Servers are made when the first test asks for them.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+import sqlalchemy as sa
+
+import config
+from config import Settings
+from ops.embedded import Stack
+from storage.__main__ import upgrade
+from storage.backlog import Backlog
+from storage.chunks import Chunks
+from storage.database import Database
+from storage.files import Files
+from storage.jobs import Jobs
+from storage.keys import Keys
+from storage.records import Records
+
+
+def _settings(stack: Stack) -> Settings:
+    names = {f"TIDEGATE_{name.upper()}": name for name in Settings.__dataclass_fields__}
+    return config.load(
+        **{names[key]: value for key, value in stack.env.items() if key in names}
+    )
+
+
+@pytest.fixture(scope="session")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Postgres and Redis."""
+    with Stack(tmp_path_factory.mktemp("stack") / "var") as stack:
+        stack.start(only=("postgres", "redis"))
+        yield stack
+
+
+@pytest.fixture(scope="session")
+def stack(stores: Stack) -> Stack:
+    """Everything `make up` starts."""
+    stores.start()
+    return stores
+
+
+@pytest.fixture(scope="session")
+def triton_address(stores: Stack) -> str:
+    """A real Triton's gRPC address."""
+    stores.start(only=("triton",))
+    return stores.env["TIDEGATE_TRITON_URL"]
+
+
+@pytest.fixture(scope="session")
+def stack_settings(stack: Stack) -> Settings:
+    """The settings of the running stack."""
+    return _settings(stack)
+
+
+@pytest.fixture(scope="module")
+def settings(stores: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """Settings of a deployment of this module's own: a fresh database, a namespace in Redis."""
+    shared = _settings(stores)
+    name = f"test_{secrets.token_hex(6)}"
+    admin = sa.create_engine(shared.database_url, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    url = sa.make_url(shared.database_url).set(database=name)
+    own = replace(
+        shared,
+        database_url=url.render_as_string(hide_password=False),
+        namespace=name,
+        objects_url=tmp_path_factory.mktemp("objects").as_uri(),
+    )
+    upgrade(own.database_url)
+    yield own
+    with admin.connect() as connection:
+        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+    admin.dispose()
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The parts of the ledger on one database, with a tenant of the test's own."""
+
+    database: Database
+    jobs: Jobs
+    chunks: Chunks
+    backlog: Backlog
+    files: Files
+    records: Records
+    keys: Keys
+    tenant: UUID
+    group: str
+
+    def sql(self, text: str, **values: object) -> None:
+        with self.database.transaction() as connection:
+            connection.execute(sa.text(text), values)
+
+
+@pytest.fixture(scope="module")
+def database(settings: Settings) -> Iterator[Database]:
+    made = Database(settings.database_url)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def ledger(settings: Settings, database: Database) -> Ledger:
+    """A ledger with a new tenant and a new group: tests don't see each other's work."""
+    keys = Keys(database, settings.secret)
+    tenant = keys.tenant_of(keys.create(secrets.token_hex(4)))
+    return Ledger(
+        database=database,
+        jobs=Jobs(database),
+        chunks=Chunks(database, lease=30, max_attempts=3),
+        backlog=Backlog(database, max_attempts=3, credit=4096, hint_timeout=10),
+        files=Files(database),
+        records=Records(database),
+        keys=keys,
+        tenant=tenant,
+        group=secrets.token_hex(4),
+    )
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return Path(__file__).resolve().parents[1]

@@ -1,0 +1,365 @@
+"""The ledger on a real Postgres: who may run what, and what a commit is worth."""
+
+from __future__ import annotations
+
+import threading
+from uuid import UUID
+
+import pytest
+import uuid_utils.compat as uuids
+
+from errors import Conflict, ModelNotReady, NotFound, TidegateError
+from storage.files import FileRow, file_key
+from storage.lifecycle import ChunkKind, JobKind, JobState, Priority
+from storage.work import ChunkPlan, Claim, Done, Fate, NewBatch, NewJob
+from tests.conftest import Ledger
+
+
+def submit(ledger: Ledger, count: int = 1, **fields: object) -> list[UUID]:
+    jobs = [
+        NewJob(
+            **{  # type: ignore[arg-type]
+                "id": uuids.uuid7(),
+                "tenant_id": ledger.tenant,
+                "group": ledger.group,
+                "model": "digits",
+                "version": "",
+                "deadline": 60.0,
+                "input": b"input",
+            }
+            | fields
+        )
+        for _ in range(count)
+    ]
+    ledger.jobs.submit(jobs)
+    return [job.id for job in jobs]
+
+
+def upload(ledger: Ledger) -> FileRow:
+    file_id = uuids.uuid7()
+    key = file_key(ledger.tenant, file_id)
+    return ledger.files.add(FileRow(file_id, ledger.tenant, "batch", "in.jsonl", 10, key))
+
+
+def submit_batch(ledger: Ledger, deadline: float = 60.0) -> UUID:
+    job = NewJob(
+        id=uuids.uuid7(),
+        tenant_id=ledger.tenant,
+        group=ledger.group,
+        model="digits",
+        version="",
+        deadline=deadline,
+    )
+    ledger.jobs.submit_batch(
+        job, NewBatch("/v2/models/digits/infer", "24h", upload(ledger).id)
+    )
+    return job.id
+
+
+def released(ledger: Ledger) -> list[int]:
+    return [chunk for hint in ledger.backlog.release(ledger.group) for chunk in hint.ids]
+
+
+def claimed(ledger: Ledger, worker: str = "w") -> list[Claim]:
+    return ledger.chunks.claim(released(ledger), worker)
+
+
+def planned(ledger: Ledger, *items: int) -> tuple[UUID, list[Claim]]:
+    """A batch of chunks of so many items, all claimed."""
+    job_id = submit_batch(ledger)
+    (plan,) = claimed(ledger)
+    line = 1
+    plans = []
+    for count in items:
+        plans.append(ChunkPlan(count, line, line * 10, (line + count) * 10))
+        line += count
+    assert ledger.chunks.commit_plan(plan, plans)
+    return job_id, claimed(ledger)
+
+
+def state(ledger: Ledger, job_id: UUID) -> str:
+    return str(ledger.jobs.get(ledger.tenant, job_id).state)
+
+
+def lapse(ledger: Ledger) -> None:
+    """Let every lease of this ledger's group run out."""
+    ledger.sql(
+        "UPDATE chunks SET lease_until = now() - interval '1 s'"
+        " WHERE group_name = :group AND state = 'running'",
+        group=ledger.group,
+    )
+
+
+def test_a_job_of_one_item_ends_with_its_commit(ledger: Ledger) -> None:
+    (job_id,) = submit(ledger)
+    (claim,) = claimed(ledger)
+    assert state(ledger, job_id) == "running"
+    assert ledger.chunks.commit([Done(claim, 1, 0, output=b"answer")]) == {claim.id}
+    assert state(ledger, job_id) == "succeeded"
+    assert ledger.jobs.result(ledger.tenant, job_id) == (b"answer", None)
+
+
+def test_a_chunk_is_claimed_by_one_of_many_who_try_at_once(ledger: Ledger) -> None:
+    submit(ledger, 50)
+    ids = released(ledger)
+    won: list[list[Claim]] = []
+
+    def claim(worker: str) -> None:
+        won.append(ledger.chunks.claim(ids, worker))
+
+    threads = [threading.Thread(target=claim, args=(f"w{n}",)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    taken = [one.id for claims in won for one in claims]
+    assert sorted(taken) == sorted(ids)
+
+
+def test_a_hint_delivered_twice_claims_once(ledger: Ledger) -> None:
+    submit(ledger)
+    ids = released(ledger)
+    assert len(ledger.chunks.claim(ids, "first")) == 1
+    assert ledger.chunks.claim(ids, "second") == []
+
+
+def test_an_expired_lease_is_taken_over_and_the_first_owner_cannot_commit(ledger: Ledger) -> None:
+    (job_id,) = submit(ledger)
+    (first,) = claimed(ledger, "first")
+    lapse(ledger)
+    (second,) = ledger.chunks.claim([first.id], "second")
+    assert second.token == first.token + 1
+    assert ledger.chunks.commit([Done(first, 1, 0, output=b"stale")]) == set()
+    assert ledger.chunks.commit([Done(second, 1, 0, output=b"fresh")]) == {first.id}
+    assert ledger.chunks.commit([Done(first, 1, 0, output=b"stale")]) == set()
+    assert ledger.jobs.result(ledger.tenant, job_id)[0] == b"fresh"
+
+
+def test_a_commit_counts_once_however_often_it_is_sent(ledger: Ledger) -> None:
+    job_id, (one, _two) = planned(ledger, 10, 5)
+    assert ledger.chunks.commit([Done(one, 10, 0)]) == {one.id}
+    assert ledger.chunks.commit([Done(one, 10, 0)]) == set()
+    assert ledger.jobs.get(ledger.tenant, job_id).items_ok == 10
+
+
+def test_renewing_keeps_a_lease_and_names_what_was_lost(ledger: Ledger) -> None:
+    submit(ledger, 2)
+    kept, lost = claimed(ledger)
+    ledger.jobs.cancel(ledger.tenant, lost.job_id)
+    assert ledger.chunks.renew([kept, lost]) == {lost.id}
+    assert ledger.backlog.sweep().leases == 0
+
+
+def test_a_swept_lease_runs_again_until_its_attempts_are_used_up(ledger: Ledger) -> None:
+    (job_id,) = submit(ledger)
+    for attempt in (1, 2, 3):
+        (claim,) = claimed(ledger)
+        assert claim.attempts == attempt
+        lapse(ledger)
+        swept = ledger.backlog.sweep()
+        assert (swept.leases, swept.dead) == ((0, 1) if attempt == 3 else (1, 0))
+    assert claimed(ledger) == []
+    row = ledger.jobs.get(ledger.tenant, job_id)
+    assert row.state == "failed"
+    assert row.error["code"] == "model_failed"
+
+
+def test_a_retry_waits_for_its_delay_and_counts_unless_the_server_was_away(ledger: Ledger) -> None:
+    submit(ledger)
+    (claim,) = claimed(ledger)
+    error = ModelNotReady("away")
+    assert ledger.chunks.retry([claim], error, 3600, counted=False) == {claim.id: Fate.RETRIED}
+    assert claimed(ledger) == []
+    ledger.sql("UPDATE chunks SET not_before = now() WHERE id = :id", id=claim.id)
+    (again,) = claimed(ledger)
+    assert (again.attempts, again.token) == (1, claim.token + 1)
+    assert ledger.chunks.retry([claim], error, 0) == {claim.id: Fate.STALE}
+
+
+def test_the_last_attempt_that_fails_buries_the_chunk(ledger: Ledger) -> None:
+    job_id, claims = planned(ledger, 4)
+    for _ in range(2):
+        ledger.chunks.retry(claims, TidegateError("boom"), 0)
+        claims = claimed(ledger)
+    assert ledger.chunks.retry(claims, TidegateError("boom"), 0) == {claims[0].id: Fate.DEAD}
+    row = ledger.jobs.get(ledger.tenant, job_id)
+    assert (row.state, row.items_failed) == ("finalizing", 4)
+
+
+def test_the_last_chunk_starts_the_finalizer_and_the_finalizer_ends_the_batch(
+    ledger: Ledger,
+) -> None:
+    job_id, (one, two) = planned(ledger, 3, 2)
+    ledger.chunks.commit([Done(two, 2, 0, output_key="b")])
+    assert state(ledger, job_id) == "running"
+    ledger.chunks.commit([Done(one, 2, 1, output_key="a", error_key="e")])
+    assert state(ledger, job_id) == "finalizing"
+    (final,) = claimed(ledger)
+    assert final.kind is ChunkKind.FINALIZE
+    assert [part.output_key for part in ledger.chunks.chunk_outputs(final)] == ["a", "b"]
+    file = FileRow(uuids.uuid7(), ledger.tenant, "batch_output", "o", 3, "k")
+    assert ledger.chunks.commit_files(final, file, None, ok=4, failed=1)
+    assert not ledger.chunks.commit_files(final, file, None, ok=4, failed=1)
+    row = ledger.jobs.get(ledger.tenant, job_id)
+    assert (row.state, row.output_file_id, row.items_ok) == ("succeeded", file.id, 4)
+
+
+def test_a_job_cancelled_while_queued_never_runs(ledger: Ledger) -> None:
+    (job_id,) = submit(ledger)
+    ids = released(ledger)
+    assert ledger.jobs.cancel(ledger.tenant, job_id) is JobState.CANCELED
+    assert ledger.chunks.claim(ids, "w") == []
+    assert ledger.jobs.cancel(ledger.tenant, job_id) is JobState.CANCELED
+
+
+def test_a_job_cancelled_while_running_keeps_no_result(ledger: Ledger) -> None:
+    (job_id,) = submit(ledger)
+    (claim,) = claimed(ledger)
+    ledger.jobs.cancel(ledger.tenant, job_id)
+    assert ledger.chunks.commit([Done(claim, 1, 0, output=b"late")]) == set()
+    assert ledger.jobs.result(ledger.tenant, job_id) == (None, None)
+
+
+def test_a_job_that_ended_cannot_be_cancelled(ledger: Ledger) -> None:
+    (job_id,) = submit(ledger)
+    ledger.chunks.commit([Done(claim, 1, 0, output=b"x") for claim in claimed(ledger)])
+    with pytest.raises(Conflict):
+        ledger.jobs.cancel(ledger.tenant, job_id)
+
+
+def test_a_batch_cancelled_half_way_keeps_the_half_that_ran(ledger: Ledger) -> None:
+    job_id, (one, two) = planned(ledger, 3, 2)
+    ledger.chunks.commit([Done(one, 3, 0, output_key="a")])
+    assert ledger.jobs.cancel(ledger.tenant, job_id) is JobState.CANCELLING
+    assert ledger.chunks.commit([Done(two, 2, 0, output_key="b")]) == set()
+    (final,) = claimed(ledger)
+    parts = ledger.chunks.chunk_outputs(final)
+    assert [(part.state, part.output_key) for part in parts] == [("done", "a"), ("canceled", None)]
+    ledger.chunks.commit_files(final, None, None, ok=3, failed=2)
+    assert state(ledger, job_id) == "canceled"
+
+
+def test_a_passed_deadline_expires_what_has_not_ended(ledger: Ledger) -> None:
+    batch, _ = planned(ledger, 3)
+    (single,) = submit(ledger)
+    ledger.sql(
+        "UPDATE jobs SET deadline_at = now() - interval '1 s' WHERE tenant_id = :tenant",
+        tenant=ledger.tenant,
+    )
+    assert claimed(ledger) == []
+    ledger.backlog.sweep()
+    assert state(ledger, single) == "expired"
+    assert state(ledger, batch) == "finalizing"
+    (final,) = claimed(ledger)
+    ledger.chunks.commit_files(final, None, None, ok=0, failed=3)
+    assert state(ledger, batch) == "expired"
+
+
+def test_a_hint_nobody_heard_is_released_again(ledger: Ledger) -> None:
+    submit(ledger)
+    ids = released(ledger)
+    assert released(ledger) == []
+    ledger.sql(
+        "UPDATE chunks SET released_at = now() - interval '1 min' WHERE group_name = :group",
+        group=ledger.group,
+    )
+    assert ledger.backlog.sweep().hints == 1
+    assert released(ledger) == ids
+
+
+def test_the_broker_never_holds_more_than_the_groups_credit(ledger: Ledger) -> None:
+    submit(ledger, 30)
+    ledger_of_ten = type(ledger.backlog)(ledger.database, credit=10)
+    first = [chunk for hint in ledger_of_ten.release(ledger.group) for chunk in hint.ids]
+    assert len(first) == 10
+    assert ledger_of_ten.release(ledger.group) == []
+    ledger.chunks.claim(first[:4], "w")
+    again = [chunk for hint in ledger_of_ten.release(ledger.group) for chunk in hint.ids]
+    assert len(again) == 4
+
+
+def test_urgent_work_goes_first_and_one_items_share_a_hint(ledger: Ledger) -> None:
+    slow = submit(ledger, 3, priority=Priority.LOW)
+    fast = submit(ledger, 3, priority=Priority.CRITICAL)
+    (hint,) = ledger.backlog.release(ledger.group)
+    order = [claim.job_id for chunk in hint.ids for claim in ledger.chunks.claim([chunk], "w")]
+    assert order == fast + slow
+
+
+def test_a_tenant_with_little_work_does_not_wait_for_one_with_much(ledger: Ledger) -> None:
+    submit(ledger, 2000)
+    other = ledger.keys.tenant_of(ledger.keys.create(f"small-{ledger.group}"))
+    small = submit(ledger, 5, tenant_id=other)
+    backlog = type(ledger.backlog)(ledger.database, credit=600)
+    ids = [chunk for hint in backlog.release(ledger.group) for chunk in hint.ids]
+    claims = ledger.chunks.claim(ids, "w")
+    assert {claim.job_id for claim in claims if claim.tenant_id == other} == set(small)
+
+
+def test_another_tenants_job_is_not_found(ledger: Ledger) -> None:
+    (job_id,) = submit(ledger)
+    stranger = uuids.uuid7()
+    with pytest.raises(NotFound):
+        ledger.jobs.get(stranger, job_id)
+    with pytest.raises(NotFound):
+        ledger.jobs.cancel(stranger, job_id)
+    with pytest.raises(NotFound):
+        ledger.jobs.result(stranger, job_id)
+    assert ledger.jobs.list(stranger, after=None, limit=5, kinds=list(JobKind)) == []
+
+
+def test_pages_of_jobs_join_without_gap_or_overlap(ledger: Ledger) -> None:
+    ids = submit(ledger, 7)
+    seen: list[UUID] = []
+    after = None
+    while page := ledger.jobs.list(ledger.tenant, after=after, limit=3, kinds=[JobKind.INFER]):
+        seen += [row.id for row in page]
+        after = seen[-1]
+    assert seen == sorted(ids, reverse=True)
+
+
+def test_work_and_commits_from_many_threads_finish_every_job_once(ledger: Ledger) -> None:
+    """Two workers, the pump, the sweeper and a canceller at once: no deadlock, nothing left."""
+    ids = submit(ledger, 200)
+    cancelled: set[UUID] = set()
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def worker(name: str) -> None:
+        while not stop.is_set():
+            claims = ledger.chunks.claim(released(ledger), name)
+            ledger.chunks.renew(claims)
+            ledger.chunks.commit([Done(claim, 1, 0, output=b"x") for claim in claims])
+
+    def sweeper() -> None:
+        while not stop.is_set():
+            ledger.backlog.sweep()
+
+    def guard(run, *args: object) -> None:  # type: ignore[no-untyped-def]
+        try:
+            run(*args)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [
+        threading.Thread(target=guard, args=(worker, "a")),
+        threading.Thread(target=guard, args=(worker, "b")),
+        threading.Thread(target=guard, args=(sweeper,)),
+    ]
+    for thread in threads:
+        thread.start()
+    for job_id in ids[::7]:
+        try:
+            ledger.jobs.cancel(ledger.tenant, job_id)
+            cancelled.add(job_id)
+        except Conflict:
+            pass
+    while len(ledger.jobs.ended(ids)) < len(ids) and not failures:
+        stop.wait(0.01)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    states = {job_id: state(ledger, job_id) for job_id in ids}
+    assert {job_id for job_id, found in states.items() if found == "canceled"} == cancelled
+    assert set(states.values()) <= {"canceled", "succeeded"}
