@@ -27,7 +27,9 @@ class Settings:
 
     # Stores
     database_url: str
+    """Postgres, as SQLAlchemy reads it: `postgresql+psycopg2://user:password@host/name`."""
     redis_url: str
+    """Reply lists and tensors in flight: `redis://:password@host:6379/0`, `noeviction`."""
     objects_url: str
     """Where outputs and files live: `file:///absolute/folder`."""
     secret: str
@@ -57,6 +59,7 @@ class Settings:
     max_attempts: int = 3
     """Claims of one chunk, crashes included, before it is a dead letter."""
     sweep_interval: float = 1.0
+    """Between two looks for lost hints, expired leases and passed deadlines."""
     hint_timeout: float = 10.0
     """A released chunk nobody claimed for this long is released again."""
     pump_credit: int = 4096
@@ -66,7 +69,9 @@ class Settings:
     chunk_bytes: int = 4 * MIB
     """Most input bytes in one chunk (a longer single line is a chunk of its own)."""
     max_batch_lines: int = 1_000_000
+    """Most lines of a batch file."""
     max_line_bytes: int = 32 * MIB
+    """Most bytes of one line; a longer one goes to the error file."""
     inline_bytes: int = 32 * KIB
     """Inputs and results up to this size stay in Postgres; larger ones go to the object store."""
     job_deadline: float = 24 * 3600.0
@@ -76,9 +81,11 @@ class Settings:
     max_body_bytes: int = 64 * MIB
     """Most bytes of a request body, before and after inflating."""
     max_file_bytes: int = 512 * MIB
+    """Most bytes of an uploaded file."""
     realtime_timeout: float = 30.0
     """Default deadline of a realtime request."""
     max_realtime_timeout: float = 300.0
+    """The longest deadline a realtime request may ask for; it is cut to this."""
     max_wait: float = 60.0
     """Most seconds of `Prefer: wait=n`."""
     coalesce_window: int = 3

@@ -111,7 +111,8 @@ def realtime(env: dict[str, str], digits: Digits) -> list[str]:
     first = digits.images[chosen[0]]
     guess, job = _ask_plainly(env, first)
     jobs.append(job)
-    say(f"{draw(first)}\n   is a {guess}, says the model; a {digits.labels[chosen[0]]}, says the data")
+    truth = digits.labels[chosen[0]]
+    say(f"{draw(first)}\n   is a {guess}, says the model; a {truth}, says the data")
     cuts = statistics.quantiles(latencies, n=100)
     say(
         f"   {right} of {REALTIME} right;"
@@ -125,9 +126,7 @@ def realtime(env: dict[str, str], digits: Digits) -> list[str]:
 def _ask_plainly(env: dict[str, str], image: NDArray[np.float32]) -> tuple[int, str]:
     """The same by plain HTTP and JSON: the answer, and the id of its job record."""
     body = {
-        "inputs": [
-            {"name": "image", "shape": [1, 64], "datatype": "FP32", "data": image.tolist()}
-        ]
+        "inputs": [{"name": "image", "shape": [1, 64], "datatype": "FP32", "data": image.tolist()}]
     }
     response = urllib3.request(
         "POST",

@@ -50,7 +50,11 @@ def migrate() -> None:
 
 @main.command("create-key", help="Give a tenant an API key; it is shown once.")
 @click.option("--tenant", required=True, help="Name of the tenant; made where there is none.")
-@click.option("--key", help="Use this key instead of a new one.")
+@click.option(
+    "--key",
+    envvar="TIDEGATE_API_KEY",
+    help="Use this key instead of a new one. Better by TIDEGATE_API_KEY: arguments are public.",
+)
 @click.option("--weight", default=1, show_default=True, help="Share of a busy group's time.")
 def create_key(tenant: str, key: str | None, weight: int) -> None:
     settings = config.load()

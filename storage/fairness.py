@@ -47,17 +47,19 @@ def choose(
     credit = {tenant: deficits.get(tenant, 0) for tenant in queues}
     picked: list[int] = []
     while queues and budget > 0:
-        for tenant in sorted(queues, key=lambda name: -credit[name]):
-            queue = queues[tenant]
-            credit[tenant] += QUANTUM * max(1, weights.get(tenant, 1))
-            while queue and budget > 0 and queue[-1].items <= credit[tenant]:
-                chunk = queue.pop()
-                credit[tenant] -= chunk.items
-                budget -= chunk.items
-                picked.append(chunk.id)
-            if not queue:
-                del queues[tenant]
-                del credit[tenant]
-            if budget <= 0:
-                break
+        able = [tenant for tenant in queues if queues[tenant][-1].items <= credit[tenant]]
+        if not able:
+            # A round is over when nobody can pay for more, not when a budget ran out: a call that
+            # picks little takes up the round where the last one left it.
+            for tenant in queues:
+                credit[tenant] += QUANTUM * max(1, weights.get(tenant, 1))
+            continue
+        tenant = max(able, key=lambda name: credit[name])
+        while queues[tenant] and budget > 0 and queues[tenant][-1].items <= credit[tenant]:
+            chunk = queues[tenant].pop()
+            credit[tenant] -= chunk.items
+            budget -= chunk.items
+            picked.append(chunk.id)
+        if not queues[tenant]:
+            del queues[tenant], credit[tenant]
     return Choice(picked=tuple(picked), deficits=credit)

@@ -10,8 +10,9 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from errors import Gone, Unavailable
 
@@ -60,18 +61,21 @@ class DirectoryStore:
     def put(self, key: str, data: bytes | Iterable[bytes]) -> int:
         path = self._path(key)
         part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        with _translated("write"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = part.open("xb")
         written = 0
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("xb") as file:
+            with file:
+                # Where the bytes come from may fail, too: that is not the store's failure.
                 for block in (data,) if isinstance(data, bytes) else data:
-                    written += file.write(block)
-                file.flush()
-                # The ledger points at this key in a moment: it must outlive a power cut as well.
-                os.fsync(file.fileno())
-            part.replace(path)
-        except OSError as error:
-            raise Unavailable(f"the object store refused a write: {error.strerror}") from error
+                    with _translated("write"):
+                        written += file.write(block)
+                with _translated("write"):
+                    file.flush()
+                    # The ledger points here in a moment: this must outlive a power cut as well.
+                    os.fsync(file.fileno())
+                    part.replace(path)
         finally:
             part.unlink(missing_ok=True)
         return written
@@ -80,30 +84,34 @@ class DirectoryStore:
         return b"".join(self.stream(key))
 
     def stream(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-        path = self._path(key)
-        try:
-            file = path.open("rb")
-        except FileNotFoundError:
-            raise Gone("the object is no longer kept") from None
-        except OSError as error:
-            raise Unavailable(f"the object store refused a read: {error.strerror}") from error
+        with _translated("read"):
+            file = self._path(key).open("rb")
         return _blocks(file, start, end)
 
     def size(self, key: str) -> int:
-        try:
+        with _translated("read"):
             return self._path(key).stat().st_size
-        except FileNotFoundError:
-            raise Gone("the object is no longer kept") from None
 
     def delete(self, key: str) -> None:
-        self._path(key).unlink(missing_ok=True)
+        with _translated("delete"):
+            self._path(key).unlink(missing_ok=True)
 
     def ping(self) -> None:
         if not os.access(self._root, os.W_OK):
             raise Unavailable("the object store cannot be written")
 
 
-def _blocks(file, start: int, end: int | None) -> Iterator[bytes]:  # type: ignore[no-untyped-def]
+@contextmanager
+def _translated(verb: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise Gone("the object is no longer kept") from None
+    except OSError as error:
+        raise Unavailable(f"the object store refused a {verb}: {error.strerror}") from error
+
+
+def _blocks(file: BinaryIO, start: int, end: int | None) -> Iterator[bytes]:
     with file:
         file.seek(start)
         left = end - start if end is not None else None

@@ -1,4 +1,4 @@
-"""What tests share: one embedded stack per test process, and a fresh database where one is asked for.
+"""What tests share: one embedded stack per test process, and fresh databases on it.
 
 Everything is real unless a test says `fake`. Servers are made when the first test asks for them.
 """
@@ -29,9 +29,7 @@ from storage.records import Records
 
 def _settings(stack: Stack) -> Settings:
     names = {f"TIDEGATE_{name.upper()}": name for name in Settings.__dataclass_fields__}
-    return config.load(
-        **{names[key]: value for key, value in stack.env.items() if key in names}
-    )
+    return config.load(**{names[key]: value for key, value in stack.env.items() if key in names})
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,8 @@ def varied(images: Array, rng: np.random.Generator) -> Array:
     pixel = np.arange(8)
     image = np.arange(len(images))[:, None, None]
     moved = padded[image, rows + pixel[:, None], columns + pixel[None, :]].reshape(-1, 64)
-    return moved + rng.normal(0, NOISE, moved.shape).astype(np.float32)
+    noisy: Array = moved + rng.normal(0, NOISE, moved.shape).astype(np.float32)
+    return noisy
 
 
 def forward(layers: list[Layer], images: Array) -> list[Array]:

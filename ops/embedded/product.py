@@ -15,13 +15,13 @@ SETUP = ("migrate", "default-key")
 
 
 def setup(env: Mapping[str, str]) -> list[Process]:
-    """One-shots, safe to repeat: the tables, and the key that `var/tidegate.env` names."""
-    key = ("--key", env["TIDEGATE_API_KEY"])
+    """One-shots, safe to repeat: the tables, and the key that `var/tidegate.env` names (taken from
+    TIDEGATE_API_KEY: arguments are public)."""
     return [
         Process("migrate", _python("storage", "migrate"), env, after=("postgres",)),
         Process(
             "default-key",
-            _python("storage", "create-key", "--tenant", "default", *key),
+            _python("storage", "create-key", "--tenant", "default"),
             env,
             after=("migrate",),
         ),

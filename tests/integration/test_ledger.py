@@ -50,9 +50,7 @@ def submit_batch(ledger: Ledger, deadline: float = 60.0) -> UUID:
         version="",
         deadline=deadline,
     )
-    ledger.jobs.submit_batch(
-        job, NewBatch("/v2/models/digits/infer", "24h", upload(ledger).id)
-    )
+    ledger.jobs.submit_batch(job, NewBatch("/v2/models/digits/infer", "24h", upload(ledger).id))
     return job.id
 
 

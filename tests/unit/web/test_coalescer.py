@@ -1,0 +1,156 @@
+"""Requests travel alone while the lane is idle, and together while it is busy."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from errors import Unavailable
+from inference import frames
+from inference.tensors import InferRequest, InferResult, Tensor
+from web.lane import MAX_WAITING, Answer, Coalescer, _Waiting
+
+
+class Broker:
+    """Stands between a coalescer and a worker: holds messages until told to answer them."""
+
+    gateway = "gateway"
+
+    def __init__(self) -> None:
+        self.blobs: dict[str, bytes] = {}
+        self.sent: list[dict[str, Any]] = []
+        self.expected: dict[bytes, Any] = {}
+        self.arrived = threading.Semaphore(0)
+        self.down = False
+
+    def put_blob(self, message: bytes, data: bytes, ttl: float) -> None:
+        self.blobs[message.hex()] = data
+
+    def expect(self, message: bytes, deliver: Any) -> None:
+        self.expected[message] = deliver
+
+    def forget(self, message: bytes) -> None:
+        self.expected.pop(message, None)
+
+    def send(self, task: str, queue: str, **kwargs: Any) -> None:
+        if self.down:
+            raise Unavailable("down")
+        self.sent.append({"queue": queue, **kwargs})
+        self.arrived.release()
+
+    def next(self) -> dict[str, Any]:
+        """The next message, once it has been sent."""
+        assert self.arrived.acquire(timeout=5)
+        return self.sent[-1]
+
+    def size(self, message: dict[str, Any]) -> int:
+        return len(frames.decode_requests(self.blobs[message["message"]]))
+
+    def answer(self, message: dict[str, Any]) -> None:
+        requests = frames.decode_requests(self.blobs[message["message"]])
+        outcomes = [InferResult(r.model, "1", r.inputs, {}, r.id) for r in requests]
+        self.expected[bytes.fromhex(message["message"])](frames.encode_outcomes(outcomes))
+
+
+@pytest.fixture
+def broker() -> Broker:
+    return Broker()
+
+
+def coalescer(broker: Broker, window: int = 1, max_items: int = 8) -> Coalescer:
+    return Coalescer(
+        "g",
+        broker,  # type: ignore[arg-type]
+        broker,  # type: ignore[arg-type]
+        window=window,
+        max_items=max_items,
+        send=broker.send,
+    )
+
+
+def submit(to: Coalescer, count: int = 1, timeout: float = 30) -> list[Future[Answer]]:
+    tensor = Tensor("INTS", "INT64", (1, 1), bytes(8))
+    waiting = [
+        _Waiting(InferRequest("m", "", (tensor,), (), {}, str(n)), 8, time.monotonic() + timeout)
+        for n in range(count)
+    ]
+    for one in waiting:
+        to.submit(one)
+    return [one.answer for one in waiting]
+
+
+def test_an_idle_lane_sends_at_once(broker: Broker) -> None:
+    lane = coalescer(broker)
+    (answer,) = submit(lane)
+    message = broker.next()
+    assert broker.size(message) == 1
+    broker.answer(message)
+    assert answer.result(5).batch_size == 1
+
+
+def test_what_arrives_while_the_window_is_full_travels_together(broker: Broker) -> None:
+    lane = coalescer(broker)
+    submit(lane)
+    first = broker.next()
+    answers = submit(lane, 5)
+    broker.answer(first)
+    second = broker.next()
+    assert broker.size(second) == 5
+    broker.answer(second)
+    assert [answer.result(5).outcome.id for answer in answers] == list("01234")  # type: ignore[union-attr]
+
+
+def test_a_message_holds_no_more_than_its_share(broker: Broker) -> None:
+    lane = coalescer(broker, max_items=4)
+    submit(lane)
+    first = broker.next()
+    submit(lane, 6)
+    broker.answer(first)
+    second = broker.next()
+    assert broker.size(second) == 4
+    broker.answer(second)
+    assert broker.size(broker.next()) == 2
+
+
+def test_a_request_whose_deadline_passed_while_it_waited_is_not_sent(broker: Broker) -> None:
+    lane = coalescer(broker)
+    submit(lane)
+    first = broker.next()
+    submit(lane, timeout=-1)
+    (alive,) = submit(lane)
+    broker.answer(first)
+    second = broker.next()
+    assert broker.size(second) == 1
+    broker.answer(second)
+    assert alive.result(5)
+
+
+def test_a_message_never_answered_gives_its_place_back_at_its_deadline(broker: Broker) -> None:
+    lane = coalescer(broker)
+    submit(lane, timeout=0.05)
+    broker.next()
+    submit(lane)
+    assert broker.size(broker.next()) == 1
+
+
+def test_when_the_broker_is_down_everybody_in_the_message_hears_it(broker: Broker) -> None:
+    lane = coalescer(broker)
+    broker.down = True
+    (answer,) = submit(lane)
+    assert isinstance(answer.result(5).outcome, Unavailable)
+    broker.down = False
+    submit(lane)
+    assert broker.next()
+
+
+def test_too_many_waiting_requests_are_refused_at_once(broker: Broker) -> None:
+    lane = coalescer(broker)
+    submit(lane)
+    broker.next()
+    submit(lane, MAX_WAITING)
+    with pytest.raises(Unavailable):
+        submit(lane)
