@@ -269,6 +269,12 @@ class Chunks:
             for row in (output, errors):
                 if row is not None:
                     insert_file(connection, row)
+            ttl = sa.select(_batches.output_ttl).where(_batches.job_id == claim.job_id)
+            connection.execute(
+                sa.update(tables.files)
+                .where(tables.files.c.id.in_([row.id for row in (output, errors) if row]))
+                .values(expires_at=moves.now + moves.seconds(ttl.scalar_subquery()))
+            )
             connection.execute(
                 sa.update(tables.batches)
                 .where(_batches.job_id == claim.job_id)

@@ -49,6 +49,7 @@ class Jobs:
                     "tenant_id": job.tenant_id,
                     "endpoint": batch.endpoint,
                     "completion_window": batch.completion_window,
+                    "output_ttl": batch.output_ttl,
                     "input_file_id": batch.input_file_id,
                 },
             )

@@ -31,7 +31,8 @@ class Tally:
     failed: int = 0
 
 
-def seconds(value: float) -> Any:
+def seconds(value: float | sa.ColumnElement[Any]) -> Any:
+    """So many seconds, as an interval."""
     return sa.func.make_interval(0, 0, 0, 0, 0, 0, value)
 
 

@@ -127,6 +127,7 @@ batches = Table(
     Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
     Column("endpoint", Text, nullable=False),
     Column("completion_window", Text, nullable=False),
+    Column("output_ttl", Integer),
     Column("input_file_id", ForeignKey("files.id"), nullable=False),
     Column("output_file_id", ForeignKey("files.id")),
     Column("error_file_id", ForeignKey("files.id")),

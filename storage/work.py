@@ -35,6 +35,8 @@ class NewBatch:
     endpoint: str
     completion_window: str
     input_file_id: UUID
+    output_ttl: int | None = None
+    """Seconds after which the output files expire."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,5 +71,7 @@ def _begin() -> None:
 
 def _end(response: Response) -> Response:
     response.headers["X-Request-ID"] = g.get("request_id", "")
+    if "job_id" in g:
+        response.headers["Tidegate-Job-Id"] = str(g.job_id)
     response.headers["X-Content-Type-Options"] = "nosniff"
     return response

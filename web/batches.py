@@ -48,6 +48,7 @@ def create(body: dict[str, Any]) -> Response:
             endpoint=body["endpoint"],
             completion_window=body["completion_window"],
             input_file_id=file.id,
+            output_ttl=body.get("output_expires_after", {}).get("seconds"),
         ),
     )
     services.pump.kick(services.settings.group)

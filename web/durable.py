@@ -7,7 +7,7 @@ from typing import Any
 from uuid import UUID
 
 import uuid_utils.compat as uuids
-from flask import Response
+from flask import Response, g
 
 from errors import TidegateError, from_wire
 from inference import frames
@@ -29,7 +29,7 @@ def submit(
 ) -> UUID:
     """Accept one inference as a job to end within so many seconds. It is durable on return."""
     services = gateway().services
-    job_id = uuids.uuid7()
+    job_id = g.job_id = uuids.uuid7()
     frame: bytes | None = frames.encode_requests([asked])
     key = None
     if frame is not None and len(frame) > services.settings.inline_bytes:
@@ -71,7 +71,6 @@ def infer(
         if JobState(row.state).terminal:
             response = render(result(job_id, row))
             response.headers["Preference-Applied"] = f"wait={preferred.wait:g}"
-            response.headers["Tidegate-Job-Id"] = str(job_id)
             response.headers["Vary"] = "Prefer"
             return response
     return accepted(job_id, preferred)
@@ -81,7 +80,7 @@ def accepted(job_id: UUID, preferred: Preference, *, ended: int = 202) -> Respon
     """The job, and where to look; status `ended` where it has reached its end."""
     row = gateway().services.jobs.get(tenant(), job_id)
     job = views.job(row)
-    headers = {"Location": job["urls"]["self"], "Vary": "Prefer", "Tidegate-Job-Id": str(job_id)}
+    headers = {"Location": job["urls"]["self"], "Vary": "Prefer"}
     terminal = JobState(row.state).terminal
     if preferred.respond_async:
         headers["Preference-Applied"] = "respond-async"

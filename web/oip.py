@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 from uuid import UUID
 
-from flask import Blueprint, Response, request
+from flask import Blueprint, Response, g, request
 
 from errors import BadBody, BadRequest, ModelNotFound, ModelNotReady, NotFound, TidegateError
 from inference import oip
@@ -149,6 +149,8 @@ def _realtime(
     asked: InferRequest, fmt: oip.ResponseFormat, timeout: float, job_id: UUID
 ) -> Response:
     found = gateway()
+    # On the answer, whatever it is: see `app._end`.
+    g.job_id = job_id
     started = time.monotonic()
     outcome: InferResult | TidegateError
     batch_size = 1
@@ -174,9 +176,7 @@ def _realtime(
     )
     if isinstance(outcome, TidegateError):
         raise outcome
-    response = _rendered(outcome, fmt)
-    response.headers["Tidegate-Job-Id"] = str(job_id)
-    return response
+    return _rendered(outcome, fmt)
 
 
 def _body() -> bytes:

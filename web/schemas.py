@@ -54,6 +54,15 @@ class JobSubmit(Schema):
     metadata = _metadata()
 
 
+class OutputExpiry(Schema):
+    """When a batch's output files go."""
+
+    anchor = fields.String(required=True, validate=validate.Equal("created_at"))
+    seconds = fields.Integer(
+        required=True, strict=True, validate=validate.Range(min=3600, max=2_592_000)
+    )
+
+
 class BatchCreate(Schema):
     """A batch over a file's lines. The SDK may send fields newer than this: they are ignored."""
 
@@ -68,6 +77,7 @@ class BatchCreate(Schema):
     completion_window = fields.String(
         required=True, validate=parse_window, metadata={"description": "24h, 30m, …"}
     )
+    output_expires_after = fields.Nested(OutputExpiry)
     priority = fields.String(load_default="normal", validate=validate.OneOf(PRIORITIES))
     metadata = _metadata()
 

@@ -40,5 +40,6 @@ def configure(level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    # Each kombu and amqp debug line repeats what the broker holds.
-    logging.getLogger("kombu").setLevel(logging.WARNING)
+    # Two lines a message would cost more than the message; Flower shows the same.
+    for chatty in ("kombu", "celery.worker.strategy", "celery.app.trace"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)

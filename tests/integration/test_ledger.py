@@ -6,9 +6,14 @@ import threading
 from uuid import UUID
 
 import pytest
+import sqlalchemy as sa
 import uuid_utils.compat as uuids
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
 
+from config import Settings
 from errors import Conflict, ModelNotReady, NotFound, TidegateError
+from storage import tables
 from storage.files import FileRow, file_key
 from storage.lifecycle import ChunkKind, JobKind, JobState, Priority
 from storage.work import ChunkPlan, Claim, Done, Fate, NewBatch, NewJob
@@ -41,16 +46,18 @@ def upload(ledger: Ledger) -> FileRow:
     return ledger.files.add(FileRow(file_id, ledger.tenant, "batch", "in.jsonl", 10, key))
 
 
-def submit_batch(ledger: Ledger, deadline: float = 60.0) -> UUID:
+def submit_batch(ledger: Ledger, output_ttl: int | None = None) -> UUID:
     job = NewJob(
         id=uuids.uuid7(),
         tenant_id=ledger.tenant,
         group=ledger.group,
         model="digits",
         version="",
-        deadline=deadline,
+        deadline=60.0,
     )
-    ledger.jobs.submit_batch(job, NewBatch("/v2/models/digits/infer", "24h", upload(ledger).id))
+    ledger.jobs.submit_batch(
+        job, NewBatch("/v2/models/digits/infer", "24h", upload(ledger).id, output_ttl)
+    )
     return job.id
 
 
@@ -361,3 +368,28 @@ def test_work_and_commits_from_many_threads_finish_every_job_once(ledger: Ledger
     states = {job_id: state(ledger, job_id) for job_id in ids}
     assert {job_id for job_id, found in states.items() if found == "canceled"} == cancelled
     assert set(states.values()) <= {"canceled", "succeeded"}
+
+
+def test_the_migrations_make_the_tables_the_code_expects(settings: Settings) -> None:
+    engine = sa.create_engine(settings.database_url, poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(
+            connection,
+            opts={"include_object": lambda _, name, *__: not name.startswith("realtime_records_")},
+        )
+        assert compare_metadata(context, tables.metadata) == []
+
+
+def test_the_output_files_of_a_batch_expire_when_it_says_so(ledger: Ledger) -> None:
+    job_id = submit_batch(ledger, output_ttl=3600)
+    (plan,) = claimed(ledger)
+    ledger.chunks.commit_plan(plan, [ChunkPlan(1, 1, 0, 10)])
+    ledger.chunks.commit([Done(claim, 1, 0, output_key="a") for claim in claimed(ledger)])
+    (final,) = claimed(ledger)
+    file = FileRow(uuids.uuid7(), ledger.tenant, "batch_output", "o", 3, "k")
+    ledger.chunks.commit_files(final, file, None, ok=1, failed=0)
+    found = ledger.files.get(ledger.tenant, file.id)
+    assert found.created_at
+    assert found.expires_at
+    assert (found.expires_at - found.created_at).total_seconds() == pytest.approx(3600, abs=1)
+    assert state(ledger, job_id) == "succeeded"

@@ -161,6 +161,7 @@ def upgrade() -> None:
         sa.Column("tenant_id", sa.UUID(), nullable=False),
         sa.Column("endpoint", sa.Text(), nullable=False),
         sa.Column("completion_window", sa.Text(), nullable=False),
+        sa.Column("output_ttl", sa.Integer(), nullable=True),
         sa.Column("input_file_id", sa.UUID(), nullable=False),
         sa.Column("output_file_id", sa.UUID(), nullable=True),
         sa.Column("error_file_id", sa.UUID(), nullable=True),

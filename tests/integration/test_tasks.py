@@ -1,0 +1,397 @@
+"""Tasks, run eagerly on real stores against a fake Triton that can be told to misbehave."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from uuid import UUID
+
+import grpc
+import pytest
+import uuid_utils.compat as uuids
+from celery import current_app
+
+from config import Settings
+from errors import DeadlineExceeded, ModelFailed, ModelNotReady, TidegateError, Unavailable
+from inference import frames
+from inference.fake import Delay, Fail, FakeTriton
+from inference.tensors import InferRequest, InferResult, Tensor
+from storage.files import FileRow, file_key
+from storage.work import Hint, NewBatch, NewJob
+from tasks import bootstrap, messages
+from tasks.bootstrap import WorkerServices, build_worker_services
+from tasks.chunks import run_chunks
+from tasks.pump import Pump
+from tasks.realtime import run_query, run_realtime
+from workers.app import build_app
+
+ENDPOINT = "/v2/models/identity/infer"
+
+
+@dataclass
+class Worker:
+    """One GPU worker without its process: hints go straight to the task."""
+
+    services: WorkerServices
+    fake: FakeTriton
+    tenant: UUID
+    hints: list[Hint]
+
+    def work(self, rounds: int = 20) -> None:
+        """Release and run until nothing is left to release."""
+        for _ in range(rounds):
+            released = self.services.backlog.release(self.services.group)
+            if not released:
+                return
+            for hint in released:
+                run_chunks.apply(kwargs={"ids": list(hint.ids)}, throw=True)
+        raise AssertionError("the work does not end")
+
+    def release(self) -> list[int]:
+        return [n for hint in self.services.backlog.release(self.services.group) for n in hint.ids]
+
+    def submit(self, request: InferRequest, deadline: float = 60) -> UUID:
+        job = NewJob(
+            id=uuids.uuid7(),
+            tenant_id=self.tenant,
+            group=self.services.group,
+            model=request.model,
+            version=request.version,
+            deadline=deadline,
+            input=frames.encode_requests([request]),
+        )
+        self.services.jobs.submit([job])
+        return job.id
+
+    def upload(self, text: bytes) -> UUID:
+        file_id = uuids.uuid7()
+        key = file_key(self.tenant, file_id)
+        self.services.objects.put(key, text)
+        self.services.files.add(FileRow(file_id, self.tenant, "batch", "in", len(text), key))
+        return file_id
+
+    def batch(self, lines: list[Any]) -> UUID:
+        """Submit a batch; a line is a document or raw bytes."""
+        text = b"\n".join(
+            line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines
+        )
+        job = NewJob(
+            id=uuids.uuid7(),
+            tenant_id=self.tenant,
+            group=self.services.group,
+            model="identity",
+            version="",
+            deadline=600,
+        )
+        self.services.jobs.submit_batch(job, NewBatch(ENDPOINT, "24h", self.upload(text)))
+        return job.id
+
+    def row(self, job_id: UUID) -> Any:
+        return self.services.jobs.get(self.tenant, job_id)
+
+    def result(self, job_id: UUID) -> InferResult | TidegateError:
+        frame, key = self.services.jobs.result(self.tenant, job_id)
+        return frames.decode_outcomes(frame or self.services.objects.get(key or ""))[0]
+
+    def file(self, file_id: UUID | None) -> list[dict[str, Any]]:
+        if file_id is None:
+            return []
+        row = self.services.files.get(self.tenant, file_id)
+        text = self.services.objects.get(row.key)
+        assert len(text) == row.bytes
+        return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def fake() -> Iterator[FakeTriton]:
+    with FakeTriton() as fake:
+        yield fake
+
+
+@pytest.fixture
+def worker(
+    settings: Settings, fake: FakeTriton, request: pytest.FixtureRequest
+) -> Iterator[Worker]:
+    """A worker with a tenant and a group of the test's own; `settings` may be changed by a mark."""
+    group = f"g{secrets.token_hex(4)}"
+    own = replace(settings, group=group, triton_url=fake.address, chunk_items=4, catalog_ttl=0.001)
+    own = replace(own, **getattr(request, "param", {}))
+    build_app(own)
+    hints: list[Hint] = []
+    services = build_worker_services(own, name="worker", group=group)
+    services = replace(services, pump=Pump(services.backlog, hints.append))
+    # What is left to release is released by the test.
+    services.pump.stop()
+    bootstrap.install(services)
+    tenant = services.keys.tenant_of(services.keys.create(secrets.token_hex(4)))
+    yield Worker(services, fake, tenant, hints)
+    services.close()
+
+
+def ints(*values: int, **parameters: Any) -> InferRequest:
+    data = b"".join(value.to_bytes(8, "little") for value in values)
+    tensor = Tensor("INTS", "INT64", (1, len(values)), data)
+    return InferRequest("identity", "", (tensor,), (), parameters, "")
+
+
+def line(number: int, **parameters: Any) -> dict[str, Any]:
+    return {
+        "custom_id": f"row-{number}",
+        "method": "POST",
+        "url": ENDPOINT,
+        "body": {
+            "inputs": [
+                {"name": "INTS", "shape": [1, 1], "datatype": "INT64", "data": [number]},
+            ],
+            "parameters": parameters,
+        },
+    }
+
+
+def test_one_item_jobs_named_by_one_hint_share_triton_calls(worker: Worker) -> None:
+    before = worker.fake.counts("identity").received
+    jobs = [worker.submit(ints(n)) for n in range(30)]
+    worker.work()
+    for n, job in enumerate(jobs):
+        outcome = worker.result(job)
+        assert isinstance(outcome, InferResult)
+        assert bytes(outcome.outputs[0].data) == n.to_bytes(8, "little")
+    assert worker.fake.counts("identity").received - before < 5
+
+
+@pytest.mark.parametrize("worker", [{"inline_bytes": 1000}], indirect=True)
+def test_a_large_result_goes_to_the_object_store(worker: Worker) -> None:
+    job = worker.submit(ints(*range(1000)))
+    worker.work()
+    frame, key = worker.services.jobs.result(worker.tenant, job)
+    assert frame is None
+    assert key
+    assert isinstance(worker.result(job), InferResult)
+
+
+def test_a_job_the_model_fails_at_fails_alone_and_with_the_models_words(worker: Worker) -> None:
+    good, bad = worker.submit(ints(1)), worker.submit(ints(2, fail="no threes"))
+    worker.work()
+    assert worker.row(good).state == "succeeded"
+    row = worker.row(bad)
+    assert (row.state, row.error["code"]) == ("failed", ModelFailed.code)
+    assert "no threes" in row.error["message"]
+
+
+def test_a_triton_that_is_away_costs_no_attempt(worker: Worker) -> None:
+    job = worker.submit(ints(1))
+    worker.fake.script("identity", [Fail(grpc.StatusCode.UNAVAILABLE, "shutting down")])
+    (chunk,) = worker.release()
+    run_chunks.apply(kwargs={"ids": [chunk]}, throw=True)
+    assert worker.row(job).state == "running"
+    with worker.services.database.transaction() as connection:
+        row = connection.exec_driver_sql(
+            f"SELECT state, attempts, error ->> 'code' AS code FROM chunks WHERE id = {chunk}"
+        ).one()
+        connection.exec_driver_sql(f"UPDATE chunks SET not_before = now() WHERE id = {chunk}")
+    assert tuple(row) == ("queued", 0, ModelNotReady.code)
+    worker.work()
+    assert worker.row(job).state == "succeeded"
+
+
+def test_a_batch_answers_every_good_line_once_and_names_every_bad_one(worker: Worker) -> None:
+    lines: list[Any] = [line(n) for n in range(1, 23)]
+    lines[2] = b"garbage"
+    lines[7] = line(8) | {"url": "/v2/models/other/infer"}
+    lines[11] = line(1)
+    lines[15] = line(16, fail="not this one")
+    lines[18] = b""
+    lines[20]["body"]["inputs"][0]["datatype"] = "FP32"
+    job = worker.batch(lines)
+    worker.work()
+    row = worker.row(job)
+    assert row.state == "succeeded"
+    answers = {
+        found["custom_id"]: found["response"]["body"]["outputs"][0]["data"][0]
+        for found in worker.file(row.output_file_id)
+    }
+    bad = {3, 8, 12, 16, 19, 21}
+    assert answers == {f"row-{n}": n for n in range(1, 23) if n not in bad}
+    errors = worker.file(row.error_file_id)
+    told = {e["error"]["line"]: (e["custom_id"], e["error"]["code"]) for e in errors if e["error"]}
+    assert told == {
+        3: (None, "invalid_json"),
+        8: ("row-8", "invalid_url"),
+        12: ("row-1", "duplicate_custom_id"),
+        21: ("row-21", "bad_tensor"),
+    }
+    (failed,) = [e for e in errors if e["error"] is None]
+    assert (failed["custom_id"], failed["response"]["status_code"]) == ("row-16", 500)
+    assert "not this one" in failed["response"]["body"]["error"]
+    assert (row.items_total, row.items_ok, row.items_failed) == (21, 16, 5)
+
+
+@pytest.mark.parametrize("text", [b"", b"\n\n", b"\x89PNG\r\n\x00", b"not json\nnor this"])
+def test_a_file_nobody_can_read_fails_validation(worker: Worker, text: bytes) -> None:
+    job = worker.batch([text])
+    worker.work()
+    row = worker.row(job)
+    assert row.state == "failed"
+    assert row.errors[0]["message"]
+
+
+def test_a_cancelled_batch_keeps_what_ran_and_says_what_did_not(worker: Worker) -> None:
+    job = worker.batch([line(n) for n in range(1, 11)])
+    run_chunks.apply(kwargs={"ids": worker.release()}, throw=True)
+    first, *_ = worker.release()
+    run_chunks.apply(kwargs={"ids": [first]}, throw=True)
+    worker.services.jobs.cancel(worker.tenant, job)
+    worker.work()
+    row = worker.row(job)
+    assert row.state == "canceled"
+    assert len(worker.file(row.output_file_id)) == 4
+    errors = worker.file(row.error_file_id)
+    assert [error["custom_id"] for error in errors] == [f"row-{n}" for n in range(5, 11)]
+    assert {error["error"]["code"] for error in errors} == {"batch_cancelled"}
+
+
+@pytest.mark.parametrize("worker", [{"lease": 0.6, "sweep_interval": 0.2}], indirect=True)
+def test_a_lease_is_renewed_while_the_model_is_slow(worker: Worker) -> None:
+    job = worker.submit(ints(1))
+    worker.fake.script("identity", [Delay(1.5)])
+    (chunk,) = worker.release()
+    running = threading.Thread(target=run_chunks.apply, kwargs={"kwargs": {"ids": [chunk]}})
+    running.start()
+    stolen = 0
+    while running.is_alive():
+        stolen += worker.services.backlog.sweep().leases
+        running.join(0.05)
+    assert stolen == 0
+    assert (worker.row(job).state, worker.row(job).attempts) == ("succeeded", 1)
+
+
+@pytest.mark.parametrize("worker", [{"lease": 0.6, "sweep_interval": 0.2}], indirect=True)
+def test_a_job_cancelled_while_it_runs_is_called_off_at_the_model(worker: Worker) -> None:
+    before = worker.fake.counts("identity").cancelled
+    job = worker.submit(ints(1))
+    worker.fake.script("identity", [Delay(30)])
+    (chunk,) = worker.release()
+    running = threading.Thread(target=run_chunks.apply, kwargs={"kwargs": {"ids": [chunk]}})
+    running.start()
+    until(lambda: worker.row(job).state == "running")
+    worker.services.jobs.cancel(worker.tenant, job)
+    running.join(20)
+    assert not running.is_alive()
+    assert worker.row(job).state == "canceled"
+    until(lambda: worker.fake.counts("identity").cancelled == before + 1)
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    pause = threading.Event()
+    for _ in range(int(seconds / 0.02)):
+        if condition():
+            return
+        pause.wait(0.02)
+    raise AssertionError("it never happened")
+
+
+def send(worker: Worker, requests: list[InferRequest], deadlines: list[float]) -> tuple[str, bytes]:
+    """A realtime message, as a gateway would store it."""
+    message = secrets.token_bytes(16)
+    worker.services.state.put_blob(message, frames.encode_requests(requests), max(deadlines))
+    return message.hex(), message
+
+
+def replies(worker: Worker, gateway: str) -> list[InferResult | TidegateError]:
+    found = worker.services.state.next_reply(gateway, timeout=5)
+    assert found is not None
+    return frames.decode_outcomes(found[1])
+
+
+def test_a_realtime_message_is_run_once_and_answered(worker: Worker) -> None:
+    name, _ = send(worker, [ints(1), ints(2)], [30, 30])
+    gateway = secrets.token_hex(4)
+    for _ in range(2):
+        run_realtime.apply(kwargs={"message": name, "gateway": gateway, "deadlines": [30, 30]})
+    first, second = replies(worker, gateway)
+    assert isinstance(first, InferResult)
+    assert isinstance(second, InferResult)
+    assert worker.services.state.next_reply(gateway, timeout=0.1) is None
+
+
+def test_a_request_that_is_too_late_is_not_run_and_its_neighbour_is(worker: Worker) -> None:
+    name, message = send(worker, [ints(1), ints(2)], [0.2, 30])
+    with worker.services.state._redis.pipeline() as pipe:
+        key = worker.services.state._key("blob", name)
+        pipe.pexpire(key, 29_000)
+        pipe.execute()
+    before = worker.fake.counts("identity").rows
+    gateway = secrets.token_hex(4)
+    run_realtime.apply(kwargs={"message": name, "gateway": gateway, "deadlines": [0.2, 30]})
+    late, good = replies(worker, gateway)
+    assert isinstance(late, DeadlineExceeded)
+    assert isinstance(good, InferResult)
+    assert worker.fake.counts("identity").rows == before + 1
+    assert message.hex() == name
+
+
+def test_one_bad_request_of_a_message_fails_alone(worker: Worker) -> None:
+    name, _ = send(worker, [ints(1), ints(2, fail="x"), ints(3)], [30, 30, 30])
+    gateway = secrets.token_hex(4)
+    run_realtime.apply(kwargs={"message": name, "gateway": gateway, "deadlines": [30, 30, 30]})
+    kinds = [type(outcome) for outcome in replies(worker, gateway)]
+    assert kinds == [InferResult, ModelFailed, InferResult]
+
+
+def test_when_triton_is_away_the_whole_message_hears_it(worker: Worker) -> None:
+    worker.fake.script("identity", [Fail(grpc.StatusCode.UNAVAILABLE, "shutting down")] * 2)
+    name, _ = send(worker, [ints(1)], [2])
+    gateway = secrets.token_hex(4)
+    run_realtime.apply(kwargs={"message": name, "gateway": gateway, "deadlines": [2]})
+    (outcome,) = replies(worker, gateway)
+    assert isinstance(outcome, Unavailable)
+    worker.fake.script("identity", [])
+
+
+def test_a_query_is_answered_with_what_triton_says_or_with_its_error(worker: Worker) -> None:
+    gateway = secrets.token_hex(4)
+    for model in ("identity", "nothing"):
+        run_query.apply(
+            kwargs={
+                "message": secrets.token_hex(16),
+                "gateway": gateway,
+                "op": "describe",
+                "model": model,
+                "version": "",
+            }
+        )
+    known = worker.services.state.next_reply(gateway)
+    unknown = worker.services.state.next_reply(gateway)
+    assert known is not None
+    assert unknown is not None
+    assert json.loads(known[1])["value"]["metadata"]["name"] == "identity"
+    assert json.loads(unknown[1])["error"]["code"] == "model_not_found"
+
+
+def test_no_message_is_larger_than_we_promise(worker: Worker) -> None:
+    """The largest of each kind, as it lies in the broker."""
+    queue = messages.realtime_queue(worker.services.group)
+    batch = messages.batch_queue(worker.services.group)
+    messages.send(
+        messages.REALTIME, queue, message="f" * 32, gateway="f" * 16, deadlines=[299.123] * 64
+    )
+    messages.send(messages.CHUNKS, batch, ids=[2**53 - n for n in range(64)])
+    messages.send(
+        messages.QUERY,
+        queue,
+        message="f" * 32,
+        gateway="f" * 16,
+        op="statistics",
+        model="m" * 255,
+        version="9" * 18,
+    )
+    redis = worker.services.state._redis
+    prefix = f"{current_app.conf.tidegate.namespace}:"
+    stored = [text for name in (queue, batch) for text in redis.lrange(prefix + name, 0, -1)]
+    assert len(stored) == 3
+    assert max(map(len, stored)) <= messages.MAX_BYTES
+    redis.delete(prefix + queue, prefix + batch)
