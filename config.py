@@ -111,6 +111,10 @@ class Settings:
                     "TIDEGATE_OBJECTS_URL: file:///absolute/folder is what this version stores to",
                 ),
                 (
+                    self.coalesce_items > 200,
+                    "TIDEGATE_COALESCE_ITEMS: at most 200, or messages outgrow 4 KiB",
+                ),
+                (
                     self.realtime_timeout > self.max_realtime_timeout,
                     "TIDEGATE_REALTIME_TIMEOUT: more than TIDEGATE_MAX_REALTIME_TIMEOUT",
                 ),

@@ -16,8 +16,7 @@ TidegateError
 │   └── ModelNotReady        the model server is down, or the model is not loaded
 ├── DeadlineExceeded         the time the client gave is over
 ├── Cancelled                the client, or the ledger on its behalf, called it off
-├── ModelFailed              the model itself answered with an error
-└── Stale                    a fencing token that somebody newer has replaced
+└── ModelFailed              the model itself answered with an error
 
 An error carries a stable `code`, whether a later try may succeed (`retryable`), and the
 parameter it is about. What it means in HTTP is said once, in `web/error_handlers.py`.
@@ -46,7 +45,8 @@ class TidegateError(Exception):
 
     def to_wire(self) -> dict[str, Any]:
         """This error as a JSON object for the queue and the ledger."""
-        wire: dict[str, Any] = {"code": self.code, "message": self.message}
+        # Postgres keeps no NUL in text, and a model may say anything.
+        wire: dict[str, Any] = {"code": self.code, "message": self.message.replace("\0", "\ufffd")}
         if self.param is not None:
             wire["param"] = self.param
         if self.retry_after is not None:
@@ -123,10 +123,6 @@ class Cancelled(TidegateError):
 
 class ModelFailed(TidegateError):
     code = "model_failed"
-
-
-class Stale(TidegateError):
-    code = "stale"
 
 
 def _tree(cls: type[TidegateError]) -> list[type[TidegateError]]:

@@ -1,8 +1,7 @@
 """What a model declares, and whether a request fits it.
 
 The check runs in the gateway, so that a request no model would take never enters a queue, and
-it is as strict as Triton's own. Two differences, both on the safe side: a tensor of no elements
-is refused, and BYTES data is walked to its end.
+it is as strict as Triton's own. One difference, on the safe side: BYTES data is walked to its end.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from errors import BadTensor
+from errors import BadTensor, Unsupported
 from inference.tensors import InferRequest, Tensor, check_raw, check_shape
 
 
@@ -65,7 +64,10 @@ class ModelSpec:
 
 
 def check(request: InferRequest, spec: ModelSpec) -> None:
-    """Raise BadTensor, naming the tensor, unless the model would take this request."""
+    """Raise BadTensor, naming the tensor, unless the model would take this request; Unsupported
+    for a model no single request is enough for."""
+    if spec.decoupled:
+        raise Unsupported(f"model {spec.name!r} answers more than once (decoupled): not offered")
     declared = {tensor.name: tensor for tensor in spec.inputs}
     given = [tensor.name for tensor in request.inputs]
     for name in given:
@@ -98,8 +100,6 @@ def _check_tensor(tensor: Tensor, spec: TensorSpec) -> None:
             tensor.name,
             f"has shape {list(tensor.shape)}; the model takes {list(spec.shape)} (-1 is any size)",
         )
-    if 0 in tensor.shape:
-        raise _bad(tensor.name, f"has shape {list(tensor.shape)}, which is no elements at all")
     check_raw(tensor)
 
 
@@ -108,6 +108,8 @@ def _check_batch(request: InferRequest, spec: ModelSpec) -> None:
     for tensor in request.inputs:
         assert first is not None
         rows = tensor.shape[0]
+        if rows == 0:
+            raise _bad(tensor.name, f"has shape {list(tensor.shape)}: no rows at all")
         if rows > spec.max_batch_size:
             raise _bad(
                 tensor.name,

@@ -5,6 +5,7 @@ Uses the stack of `make up` where one runs, and otherwise starts one and stops i
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import gzip
@@ -239,9 +240,14 @@ def _get(env: dict[str, str], path: str) -> dict[str, Any]:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m ops.demo", description=__doc__)
+    parser.add_argument(
+        "--var", type=Path, default=ROOT / "var", help="folder of the stack (default: %(default)s)"
+    )
+    var = parser.parse_args().var
     digits = Digits.load()
     try:
-        with running(ROOT / "var") as env:
+        with running(var) as env:
             jobs = realtime(env, digits)
             jobs.append(batch(env, digits))
             records(env, jobs)

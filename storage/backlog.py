@@ -24,6 +24,16 @@ CANDIDATES = 1024
 """Chunks of one tenant the pump looks at in one go."""
 HINT_CHUNKS = 64
 """Most one-item chunks named by one hint: keeps the message far below 4 KiB."""
+LEAST_ROOM = 8 * HINT_CHUNKS
+"""Room for hints in the broker, in shares of a hint, where nothing runs yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """What chunks of one state weigh: their items, and their shares of hints."""
+
+    items: int
+    room: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +58,20 @@ class Backlog:
             connection.execute(
                 sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"pump:{group}")))
             )
-            budget = (
-                self.credit
-                - connection.execute(
-                    sa.select(sa.func.coalesce(sa.func.sum(_chunks.item_count), 0)).where(
-                        _chunks.group_name == group, _chunks.state == ChunkState.RELEASED
-                    )
-                ).scalar_one()
-            )
+            released = self._load(connection, group, ChunkState.RELEASED)
+            running = self._load(connection, group, ChunkState.RUNNING)
+            budget = self.credit - released.items
+            # Twice what runs now: a few seconds of work, whatever a chunk takes and however many
+            # workers there are. More would only make the urgent wait behind the released.
+            room = max(LEAST_ROOM, 2 * running.room) - released.room
             picked: list[int] = []
             for priority in Priority:
-                if budget <= 0:
+                if budget <= 0 or room <= 0:
                     break
-                ids, spent = self._choose(connection, group, priority, int(budget))
-                budget -= spent
-                picked += ids
+                chosen = self._choose(connection, group, priority, budget, room)
+                budget -= sum(chunk.items for chunk in chosen)
+                room -= sum(chunk.room for chunk in chosen)
+                picked += [chunk.id for chunk in chosen]
             if not picked:
                 return []
             rows = connection.execute(
@@ -80,28 +89,38 @@ class Backlog:
         order = {chunk: place for place, chunk in enumerate(picked)}
         return _hints(group, sorted(rows, key=lambda row: order[row.id]))
 
+    def _load(self, connection: sa.Connection, group: str, state: ChunkState) -> _Load:
+        total = connection.execute(
+            sa.select(
+                sa.func.coalesce(sa.func.sum(_chunks.item_count), 0).label("items"),
+                sa.func.coalesce(sa.func.sum(_ROOM), 0).label("room"),
+            ).where(_chunks.group_name == group, _chunks.state == state)
+        ).one()
+        return _Load(int(total.items), int(total.room))
+
     def _choose(
-        self, connection: sa.Connection, group: str, priority: Priority, budget: int
-    ) -> tuple[list[int], int]:
+        self, connection: sa.Connection, group: str, priority: Priority, budget: int, room: int
+    ) -> list[fairness.Waiting]:
         rows = connection.execute(
             _CANDIDATES, {"group": group, "priority": int(priority), "limit": CANDIDATES}
         ).all()
         if not rows:
-            return [], 0
+            return []
         backlog: dict[UUID, list[fairness.Waiting]] = {}
-        weights: dict[UUID, int] = {}
-        items: dict[int, int] = {}
+        waiting: dict[int, fairness.Waiting] = {}
         for row in rows:
-            backlog.setdefault(row.tenant_id, []).append(fairness.Waiting(row.id, row.items))
-            weights[row.tenant_id] = row.weight
-            items[row.id] = row.items
+            waiting[row.id] = fairness.Waiting(
+                row.id, row.items, 1 if row.items == 1 and row.kind == "infer" else HINT_CHUNKS
+            )
+            backlog.setdefault(row.tenant_id, []).append(waiting[row.id])
         share = tables.shares.c
         mine = sa.and_(share.group_name == group, share.priority == int(priority))
         deficits = {
             row.tenant_id: row.deficit
             for row in connection.execute(sa.select(share.tenant_id, share.deficit).where(mine))
         }
-        choice = fairness.choose(backlog, deficits, weights, budget)
+        weights = {row.tenant_id: row.weight for row in rows}
+        choice = fairness.choose(backlog, deficits, weights, budget, room)
         if dict(choice.deficits) != deficits:
             connection.execute(sa.delete(tables.shares).where(mine))
             if choice.deficits:
@@ -117,7 +136,7 @@ class Backlog:
                         for tenant, deficit in choice.deficits.items()
                     ],
                 )
-        return list(choice.picked), sum(items[chunk] for chunk in choice.picked)
+        return [waiting[chunk] for chunk in choice.picked]
 
     def groups(self) -> list[str]:
         """Groups with work that could be released."""
@@ -199,6 +218,12 @@ def _hints(group: str, rows: Sequence[Row]) -> list[Hint]:
     return hints
 
 
+_ROOM = sa.case(
+    (sa.and_(_chunks.item_count == 1, _chunks.kind == ChunkKind.INFER), 1), else_=HINT_CHUNKS
+)
+
+# A loose index scan: one probe per tenant with work, then that tenant's oldest rows, so that the
+# cost follows the number of tenants and not the backlog.
 _CANDIDATES = sa.text(
     """
     WITH RECURSIVE waiting AS (
@@ -212,11 +237,11 @@ _CANDIDATES = sa.text(
                  ORDER BY c.tenant_id LIMIT 1)
           FROM waiting WHERE waiting.tenant_id IS NOT NULL
     )
-    SELECT oldest.id, oldest.items, tenants.id AS tenant_id, tenants.weight
+    SELECT oldest.id, oldest.items, oldest.kind, tenants.id AS tenant_id, tenants.weight
       FROM waiting
       JOIN tenants ON tenants.id = waiting.tenant_id
      CROSS JOIN LATERAL (
-        SELECT c.id, c.item_count AS items FROM chunks c
+        SELECT c.id, c.item_count AS items, c.kind FROM chunks c
          WHERE c.state = 'queued' AND c.group_name = :group AND c.priority = :priority
            AND c.tenant_id = waiting.tenant_id AND c.not_before <= now()
          ORDER BY c.id LIMIT :limit

@@ -38,6 +38,8 @@ class Database:
             max_overflow=0,
             pool_timeout=3,
             pool_pre_ping=True,
+            # What a statement carries is the client's: it belongs in no log.
+            hide_parameters=True,
             connect_args={
                 "connect_timeout": CONNECT_TIMEOUT,
                 "options": _SESSION,

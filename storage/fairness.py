@@ -21,6 +21,8 @@ class Waiting:
 
     id: int
     items: int
+    room: int = 0
+    """What it takes of the broker, in parts of a message; 0 where that doesn't matter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +38,10 @@ def choose(
     deficits: Mapping[Tenant, int],
     weights: Mapping[Tenant, int],
     budget: int,
+    room: int = 1 << 60,
 ) -> Choice[Tenant]:
-    """Pick from each tenant's oldest chunks until `budget` items are spent or nothing is left.
+    """Pick from each tenant's oldest chunks until `budget` items are spent, the `room` is full or
+    nothing is left.
 
     The tenant with the most left over from earlier rounds is served first. A tenant whose backlog
     empties keeps nothing: credit is for waiting work only. The last pick may overdraw the budget,
@@ -46,7 +50,7 @@ def choose(
     queues = {tenant: list(reversed(chunks)) for tenant, chunks in backlog.items() if chunks}
     credit = {tenant: deficits.get(tenant, 0) for tenant in queues}
     picked: list[int] = []
-    while queues and budget > 0:
+    while queues and budget > 0 and room > 0:
         able = [tenant for tenant in queues if queues[tenant][-1].items <= credit[tenant]]
         if not able:
             # A round is over when nobody can pay for more, not when a budget ran out: a call that
@@ -55,8 +59,14 @@ def choose(
                 credit[tenant] += QUANTUM * max(1, weights.get(tenant, 1))
             continue
         tenant = max(able, key=lambda name: credit[name])
-        while queues[tenant] and budget > 0 and queues[tenant][-1].items <= credit[tenant]:
+        while (
+            queues[tenant]
+            and budget > 0
+            and room > 0
+            and queues[tenant][-1].items <= credit[tenant]
+        ):
             chunk = queues[tenant].pop()
+            room -= chunk.room
             credit[tenant] -= chunk.items
             budget -= chunk.items
             picked.append(chunk.id)

@@ -109,13 +109,19 @@ class Files:
             rows = connection.execute(query.order_by(order).limit(limit)).all()
         return [FileRow(**row._mapping) for row in rows]
 
-    def delete(self, tenant_id: UUID, file_id: UUID) -> FileRow:
-        """Hide the file; its bytes go when nothing refers to them any more. Raises `NotFound`."""
-        row = self.get(tenant_id, file_id)
+    def delete(self, tenant_id: UUID, file_id: UUID) -> bool:
+        """Forget the file. True: nothing reads its bytes any more, they may go; False: a batch
+        still runs over it. Raises `NotFound`."""
+        self.get(tenant_id, file_id)
+        reads = (
+            sa.select(tables.batches.c.job_id)
+            .join(tables.jobs, tables.jobs.c.id == tables.batches.c.job_id)
+            .where(tables.batches.c.input_file_id == file_id, tables.jobs.c.finished_at.is_(None))
+        )
         with self.database.transaction() as connection:
             connection.execute(
                 sa.update(tables.files)
                 .where(_files.id == file_id, _files.tenant_id == tenant_id)
                 .values(deleted_at=sa.func.now())
             )
-        return row
+            return connection.execute(reads.limit(1)).first() is None

@@ -89,11 +89,14 @@ class Jobs:
             ],
         )
 
-    def cancel(self, tenant_id: UUID, job_id: UUID) -> JobState:
+    def cancel(
+        self, tenant_id: UUID, job_id: UUID, kinds: Sequence[JobKind] = tuple(JobKind)
+    ) -> JobState:
         """Call a job off: its state afterwards. Nothing of it commits from here on. Raises
-        `NotFound`; `Conflict` where it has already ended otherwise."""
+        `NotFound`, also for one of another kind; `Conflict` where it has already ended otherwise.
+        """
         with self.database.transaction() as connection:
-            which = sa.and_(_jobs.id == job_id, _jobs.tenant_id == tenant_id)
+            which = sa.and_(_jobs.id == job_id, _jobs.tenant_id == tenant_id, _jobs.kind.in_(kinds))
             rows = moves.lock_jobs(connection, which)
             if not rows:
                 raise NotFound(f"no job {job_id}")
@@ -104,11 +107,11 @@ class Jobs:
                 raise Conflict(f"the job is {state.value}: too late to cancel it")
             return moves.stop_job(connection, rows[0], ChunkState.CANCELED, JobState.CANCELED)
 
-    def get(self, tenant_id: UUID, job_id: UUID) -> Row:
+    def get(self, tenant_id: UUID, job_id: UUID, kinds: Sequence[JobKind] = tuple(JobKind)) -> Row:
         """The job's row, batch columns included (null for others). Raises `NotFound`."""
         with self.database.transaction() as connection:
             row = connection.execute(
-                _VIEW.where(_jobs.id == job_id, _jobs.tenant_id == tenant_id)
+                _VIEW.where(_jobs.id == job_id, _jobs.tenant_id == tenant_id, _jobs.kind.in_(kinds))
             ).one_or_none()
         if row is None:
             raise NotFound(f"no job {job_id}")
@@ -158,7 +161,6 @@ class Jobs:
 
 _VIEW = sa.select(
     *(column for column in tables.jobs.c if column.name not in ("input", "result")),
-    (_jobs.result.is_not(None)).label("inline_result"),
     _batches.endpoint,
     _batches.completion_window,
     _batches.input_file_id,

@@ -112,9 +112,6 @@ CHUNK_MOVES: dict[ChunkState, frozenset[ChunkState]] = {
     ChunkState.EXPIRED: frozenset(),
 }
 
-OPEN_JOB = tuple(state for state in JobState if not state.terminal)
-OPEN_CHUNK = tuple(state for state in ChunkState if not state.terminal)
-
 
 def sources(target: JobState) -> tuple[JobState, ...]:
     """The states a job may come from to reach `target`: the guard of every UPDATE of its state."""

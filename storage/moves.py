@@ -16,7 +16,15 @@ import sqlalchemy as sa
 from errors import DeadlineExceeded, TidegateError
 from storage import tables
 from storage.database import Row
-from storage.lifecycle import ChunkKind, ChunkState, JobKind, JobState, chunk_sources, sources
+from storage.lifecycle import (
+    ChunkKind,
+    ChunkState,
+    JobKind,
+    JobState,
+    Priority,
+    chunk_sources,
+    sources,
+)
 from storage.work import ChunkPlan, Claim, Done, NewJob
 
 _jobs, _chunks = tables.jobs.c, tables.chunks.c
@@ -83,7 +91,8 @@ def chunk_row(
         "group_name": job.group if isinstance(job, NewJob) else job.group_name,
         "model": job.model,
         "version": job.version,
-        "priority": int(job.priority),
+        # Reading a file in and putting one together are short, and a client waits for both.
+        "priority": int(job.priority if kind is ChunkKind.INFER else Priority.CRITICAL),
         "state": ChunkState.QUEUED.value,
         "item_count": plan.items,
         "first_line": plan.first_line,
@@ -96,6 +105,13 @@ def chunk_row(
 def insert_chunks(connection: sa.Connection, rows: Sequence[dict[str, Any]]) -> None:
     if rows:
         connection.execute(sa.insert(tables.chunks), rows)
+
+
+def _end_of(item: Done) -> JobState:
+    """The state a one-item job ends in."""
+    if isinstance(item.error, DeadlineExceeded):
+        return JobState.EXPIRED
+    return JobState.FAILED if item.error else JobState.SUCCEEDED
 
 
 def finish_single(connection: sa.Connection, done: Sequence[Done]) -> None:
@@ -113,7 +129,7 @@ def finish_single(connection: sa.Connection, done: Sequence[Done]) -> None:
         [
             (
                 item.claim.job_id,
-                (JobState.FAILED if item.error else JobState.SUCCEEDED).value,
+                _end_of(item).value,
                 item.output,
                 item.output_key,
                 item.error.to_wire() if item.error else None,

@@ -83,11 +83,6 @@ class RedisState:
             return None
         return Blob(data=data, remaining=milliseconds / 1000)
 
-    def drop_blob(self, message: bytes) -> bool:
-        """Take a message back; False where a worker has it, or it has ended."""
-        with _translated():
-            return bool(self._redis.delete(self._key("blob", message.hex())))
-
     def reply(self, gateway: str, message: bytes, data: bytes) -> None:
         """Answer one message of one gateway process."""
         key = self._key("reply", gateway)

@@ -166,7 +166,7 @@ def plan_file(lines: Iterable[tuple[int, bytes]], limits: Limits) -> list[ChunkP
     noticed here is what only a view of the whole file shows. Raises `FileErrors`."""
     plans: list[ChunkPlan] = []
     seen: set[int] = set()
-    good = number = 0
+    good = total = number = 0
     first_error: dict[str, Any] | None = None
     chunk = _Chunk()
     for offset, text in lines:
@@ -180,7 +180,8 @@ def plan_file(lines: Iterable[tuple[int, bytes]], limits: Limits) -> list[ChunkP
             chunk.start, chunk.first_line = offset, number
         chunk.items += 1
         chunk.end = offset + len(text)
-        if good + 1 > limits.max_lines:
+        total += 1
+        if total > limits.max_lines:
             raise FileErrors(
                 [_file_error("too_many_lines", number, f"over {limits.max_lines} lines")]
             )

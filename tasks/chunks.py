@@ -3,6 +3,7 @@ what is left undone is in the ledger."""
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
 
@@ -61,7 +62,7 @@ def run_chunks(ids: list[int]) -> None:
     services.pump.kick(services.group)
 
 
-def _guarded(services: WorkerServices, claims: Sequence[Claim], run: Callable[[], None]) -> None:
+def _guarded(services: WorkerServices, claims: Sequence[Claim], run: Callable[[], object]) -> None:
     """Run; give the chunks back where it can't be finished."""
     try:
         run()
@@ -78,8 +79,9 @@ def _give_back(services: WorkerServices, claims: Sequence[Claim], error: Tidegat
     # A model server or store that is away is not the chunk's fault: its attempt doesn't count, and
     # the job's deadline bounds the waiting.
     counted = not isinstance(error, Unavailable)
-    attempt = max(claim.attempts for claim in claims)
-    ceiling = min(MAX_BACKOFF, BACKOFF * 2**attempt)
+    # A token grows with every claim, those that don't count as attempts included.
+    tries = max(claim.token for claim in claims)
+    ceiling = min(MAX_BACKOFF, BACKOFF * 2.0 ** min(tries, 10))
     delay = max(error.retry_after or 0.0, random.uniform(ceiling / 2, ceiling))
     try:
         fates = services.chunks.retry(claims, error, delay, counted=counted)
@@ -94,21 +96,41 @@ def _give_back(services: WorkerServices, claims: Sequence[Claim], error: Tidegat
 
 
 def _run_singles(services: WorkerServices, claims: Sequence[Claim], token: CancelToken) -> None:
-    """One-item jobs, run as few Triton calls and committed in one transaction."""
-    requests = [_single_request(services, claim) for claim in claims]
-    outcomes = _infer(services, requests, max(claim.remaining for claim in claims), token)
+    """One-item jobs, run as few Triton calls and committed in one transaction. What goes wrong with
+    one of them, at any step, is that one's alone."""
+    ready: list[tuple[Claim, InferRequest]] = []
     done: list[Done] = []
-    again: list[tuple[Claim, TidegateError]] = []
-    for claim, outcome in zip(claims, outcomes, strict=True):
-        if isinstance(outcome, InferResult):
+    for claim in claims:
+        try:
+            ready.append((claim, _single_request(services, claim)))
+        except TidegateError as error:
+            _settle(services, claim, error, done)
+    remaining = max((claim.remaining for claim, _ in ready), default=0.0)
+    outcomes = _infer(services, [request for _, request in ready], remaining, token)
+    for (claim, _), outcome in zip(ready, outcomes, strict=True):
+        try:
+            if isinstance(outcome, TidegateError):
+                raise outcome
             done.append(_keep(services, claim, outcome))
-        elif outcome.retryable:
-            again.append((claim, outcome))
-        else:
-            done.append(Done(claim, items_ok=0, items_failed=1, error=outcome))
-    services.chunks.commit(done)
-    for claim, error in again:
+        except TidegateError as error:
+            _settle(services, claim, error, done)
+    try:
+        services.chunks.commit(done)
+    except Unavailable:
+        raise
+    except Exception:
+        # One row that the database refuses must not take its neighbours along.
+        log.exception("commit refused; one by one", action="chunks.commit")
+        for item in done:
+            _guarded(services, [item.claim], functools.partial(services.chunks.commit, [item]))
+
+
+def _settle(services: WorkerServices, claim: Claim, error: TidegateError, done: list[Done]) -> None:
+    """A one-item job that came to an error: for another try, or for good."""
+    if error.retryable:
         _give_back(services, [claim], error)
+    else:
+        done.append(Done(claim, items_ok=0, items_failed=1, error=error))
 
 
 def _single_request(services: WorkerServices, claim: Claim) -> InferRequest:
@@ -173,14 +195,18 @@ def _run_lines(services: WorkerServices, claim: Claim, token: CancelToken) -> No
     outcomes = _infer(services, [line.request for line in lines], claim.remaining, token)
     for line, outcome in zip(lines, outcomes, strict=True):
         request_id = _request_id(claim, line.number)
-        if isinstance(outcome, InferResult):
-            outputs.append(batch_lines.output_line(request_id, line.custom_id, outcome))
-        elif outcome.retryable or isinstance(outcome, Cancelled):
+        try:
+            if isinstance(outcome, InferResult):
+                outputs.append(batch_lines.output_line(request_id, line.custom_id, outcome))
+                continue
+        except TidegateError as error:
+            outcome = error  # an answer that has no form in JSON
+        if outcome.retryable or isinstance(outcome, Cancelled | DeadlineExceeded):
+            # Not this line's failure but the whole chunk's: nothing of it is committed.
             raise outcome
-        else:
-            failed.append(
-                batch_lines.failed_line(request_id, line.custom_id, _status(outcome), outcome)
-            )
+        failed.append(
+            batch_lines.failed_line(request_id, line.custom_id, _status(outcome), outcome)
+        )
     services.chunks.commit(
         [
             Done(
@@ -211,8 +237,6 @@ def _parse(
 
 def _status(error: TidegateError) -> int:
     """The status a line's error carries in the error file."""
-    if isinstance(error, DeadlineExceeded):
-        return 504
     return 500 if isinstance(error, ModelFailed) else 400
 
 

@@ -5,9 +5,12 @@ A message holds ids only, never a tensor: at most `MAX_BYTES`, whatever the requ
 
 from __future__ import annotations
 
+import functools
+import re
 from typing import Any
 
 from celery import current_app
+from kombu import Exchange, Queue
 from kombu.exceptions import KombuError, OperationalError
 
 from errors import Unavailable
@@ -29,17 +32,31 @@ def batch_queue(group: str) -> str:
     return f"{group}.batch"
 
 
-def is_batch(queue: str) -> bool:
-    return queue.endswith(".batch")
+_QUEUE = re.compile(r"[A-Za-z0-9_-]+\.(realtime|batch)")
 
 
-def send(task: str, queue: str, **kwargs: Any) -> None:
+def is_queue(name: str) -> bool:
+    """Would anybody send there?"""
+    return bool(_QUEUE.fullmatch(name))
+
+
+def is_batch(name: str) -> bool:
+    return name.endswith(".batch")
+
+
+@functools.cache
+def queue(name: str) -> Queue:
+    """A queue of ours, on an exchange of its own name."""
+    return Queue(name, Exchange(name), routing_key=name)
+
+
+def send(task: str, to: str, **kwargs: Any) -> None:
     """Publish one message. Raises `Unavailable` where the broker is out of reach."""
     try:
         current_app.send_task(
             task,
             kwargs=kwargs,
-            queue=queue,
+            queue=queue(to),
             ignore_result=True,
             # What monitors show instead of arguments.
             argsrepr="()",

@@ -14,7 +14,7 @@ from storage.work import NewBatch, NewJob
 from tasks.batch_lines import parse_endpoint
 from web import files, schemas, views
 from web.context import gateway
-from web.http import page_limit, read_uuid, require_key, tenant
+from web.http import about, page_limit, read_uuid, require_key, tenant
 from web.json import respond
 
 blueprint = Blueprint("batches", __name__, url_prefix="/v1/batches", description="Batches")
@@ -27,11 +27,13 @@ blueprint.before_request(require_key)
 def create(body: dict[str, Any]) -> Response:
     """Run a model on every line of a file."""
     services = gateway().services
-    model, version = parse_endpoint(body["endpoint"])
-    gateway().catalog.get(model, version)
-    file = files.find(body["input_file_id"])
-    if file.purpose != "batch":
-        raise BadRequest("input_file_id: the file's purpose must be batch", param="input_file_id")
+    with about("endpoint"):
+        model, version = parse_endpoint(body["endpoint"])
+        gateway().catalog.get(model, version)
+    with about("input_file_id"):
+        file = files.find(body["input_file_id"])
+        if file.purpose != "batch":
+            raise BadRequest("input_file_id: the file's purpose must be batch")
     job_id = uuids.uuid7()
     services.jobs.submit_batch(
         NewJob(

@@ -31,7 +31,6 @@ STATUS: dict[type[TidegateError], int] = {
     errors.ModelNotFound: 404,
     errors.Conflict: 409,
     errors.Cancelled: 409,
-    errors.Stale: 409,
     errors.Gone: 410,
     errors.TooLarge: 413,
     errors.ModelFailed: 500,
@@ -70,8 +69,10 @@ def on_error(error: TidegateError) -> Response:
 
 
 def on_http_exception(error: HTTPException) -> Response:
-    """Werkzeug's own: no such route, wrong method, body too large."""
+    """Werkzeug's own: no such route, wrong method, body too large, a field that is wrong."""
     status = error.code or 500
+    if status == 422 and request.path.startswith(_OPENAI_PATHS):
+        status = 400  # what OpenAI answers
     kept = {name: value for name, value in error.get_headers() if name in ("Allow", "Location")}
     data: dict[str, Any] = getattr(error, "data", None) or {}
     detail, pointers = error.description or error.name, None

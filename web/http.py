@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from uuid import UUID
@@ -80,6 +82,16 @@ def parse_deadline(text: str) -> float:
     if not 0 < seconds < 10**9:
         raise BadRequest("Tidegate-Deadline: must lie ahead", param="Tidegate-Deadline")
     return seconds
+
+
+@contextmanager
+def about(param: str) -> Iterator[None]:
+    """What is wrong inside the block is wrong with this field of the request."""
+    try:
+        yield
+    except (BadRequest, NotFound) as error:
+        error.param = param
+        raise
 
 
 def page_limit(default: int, most: int) -> int:

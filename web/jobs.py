@@ -17,7 +17,7 @@ from storage import ids
 from storage.lifecycle import JobKind, JobState, Priority
 from web import durable, schemas, views
 from web.context import gateway
-from web.http import deadline, page_limit, preference, read_uuid, require_key, tenant
+from web.http import about, deadline, page_limit, preference, read_uuid, require_key, tenant
 from web.json import respond
 
 blueprint = Blueprint("jobs", __name__, url_prefix="/v1/jobs", description="Jobs")
@@ -34,9 +34,11 @@ RECORD_PATIENCE = 1.0
 def submit(body: dict[str, Any]) -> Response:
     """Accept one inference to run in the background."""
     settings = gateway().services.settings
-    entry = gateway().catalog.get(body["model"], body["version"])
-    asked = oip.request_from_json(body["input"], model=body["model"], version=body["version"])
-    check(asked, entry.spec)
+    with about("model"):
+        entry = gateway().catalog.get(body["model"], body["version"])
+    with about("input"):
+        asked = oip.request_from_json(body["input"], model=body["model"], version=body["version"])
+        check(asked, entry.spec)
     preferred = preference(settings.max_wait)
     job_id = durable.submit(
         asked,

@@ -12,7 +12,15 @@ from uuid import UUID
 
 from flask import Blueprint, Response, g, request
 
-from errors import BadBody, BadRequest, ModelNotFound, ModelNotReady, NotFound, TidegateError
+from errors import (
+    BadBody,
+    BadRequest,
+    ModelNotFound,
+    ModelNotReady,
+    NotFound,
+    TidegateError,
+    TooLarge,
+)
 from inference import oip
 from inference.metadata import check
 from inference.tensors import InferRequest, InferResult
@@ -181,7 +189,11 @@ def _realtime(
 
 def _body() -> bytes:
     limit = gateway().services.settings.max_body_bytes
+    # A body of unknown length is cut at the limit without a word; one byte more is the proof.
+    request.max_content_length = limit + 1
     body = request.get_data(cache=False, parse_form_data=False)
+    if len(body) > limit:
+        raise TooLarge(f"the body has more than {limit} bytes")
     return oip.inflate(body, request.headers.get("Content-Encoding"), limit)
 
 

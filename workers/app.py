@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from celery import Celery
 from celery.signals import setup_logging
-from kombu import Exchange, Queue
 
 from config import Settings
 from tasks import messages
@@ -33,10 +32,10 @@ def build_app(settings: Settings) -> Celery:
         task_acks_on_failure_or_timeout=True,
         task_reject_on_worker_lost=False,
         task_track_started=False,
-        # A typo in a queue's name must fail, not make a queue nobody reads.
-        task_queues=[Queue(name, Exchange(name), routing_key=name) for name in queues],
+        # Senders name a queue by `messages.queue`; `gpu` refuses a -Q that nobody sends to.
+        task_queues=[messages.queue(name) for name in queues],
+        task_create_missing_queues=True,
         task_default_queue=queues[0],
-        task_create_missing_queues=False,
         # gevent does not come back after a Redis restart; a thread can't be killed, so every call
         # has a deadline of its own.
         worker_pool="threads",

@@ -18,7 +18,7 @@ import click
 import structlog
 from celery import Celery, bootsteps
 from celery.signals import worker_init, worker_shutdown
-from kombu import Consumer, Exchange, Queue
+from kombu import Consumer
 from kombu.common import ignore_errors
 
 from config import Settings
@@ -68,16 +68,18 @@ def _pin(sender: Any, **_: Any) -> None:
     host = socket.gethostname()
     if sender.hostname == f"celery@{host}":
         sender.hostname = f"{group}-gpu{gpu}@{host}" if gpu != "none" else f"{group}@{host}"
-    if group != settings.group:
-        names = [messages.realtime_queue(group), messages.batch_queue(group)]
-        for name in names:
-            app.amqp.queues.add(Queue(name, Exchange(name), routing_key=name))
-        app.amqp.queues.select(names)
-    sender.tidegate_group = group
-    sender.batch_queues = [
-        queue for name, queue in app.amqp.queues.consume_from.items() if messages.is_batch(name)
-    ]
-    app.amqp.queues.deselect([queue.name for queue in sender.batch_queues])
+    queues = app.amqp.queues
+    chosen = list(queues.consume_from)
+    if queues.consume_from is queues:  # no -Q
+        chosen = [messages.realtime_queue(group), messages.batch_queue(group)]
+    for name in chosen:
+        if not messages.is_queue(name):
+            raise SystemExit(f"-Q {name}: nobody sends there; try {group}.realtime,{group}.batch")
+        queues.add(messages.queue(name))
+    queues.select(chosen)
+    sender.batch_queues = [messages.queue(name) for name in chosen if messages.is_batch(name)]
+    sender.takes_realtime = messages.realtime_queue(group) in chosen
+    queues.deselect([queue.name for queue in sender.batch_queues])
     bootstrap.install(
         bootstrap.build_worker_services(settings, name=sender.hostname, gpu=gpu, group=group)
     )
@@ -149,6 +151,8 @@ class Presence(bootsteps.StartStopStep):  # type: ignore[misc]
         super().__init__(c, **options)
 
     def start(self, c: Any) -> None:
+        if not c.controller.takes_realtime:
+            return  # gateways would count on it
         self._stopping.clear()
         self._stamp = time.monotonic()
         c.timer.call_repeatedly(1.0, self._tick)

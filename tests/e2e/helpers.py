@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from email.message import Message
 from threading import Barrier, Thread
@@ -74,9 +76,10 @@ class Http:
     def keyed(cls, url: str, key: str) -> Http:
         return cls(url, {"Authorization": f"Bearer {key}"})
 
-    def connect(self) -> http.client.HTTPConnection:
+    def connect(self, timeout: float = 60) -> http.client.HTTPConnection:
+        """A connection for more than one request, to be closed."""
         address = urlsplit(self.url)
-        return http.client.HTTPConnection(address.hostname or "", address.port, timeout=60)
+        return http.client.HTTPConnection(address.hostname or "", address.port, timeout=timeout)
 
     def __call__(
         self,
@@ -90,12 +93,9 @@ class Http:
         if body is not None and not isinstance(body, bytes):
             body = json.dumps(body).encode()
             sent.setdefault("Content-Type", "application/json")
-        connection = self.connect()
-        try:
+        with closing(self.connect()) as connection:
             connection.request(method, path, body, sent)
             return receive(connection)
-        finally:
-            connection.close()
 
     def get(self, path: str, **headers: str) -> Reply:
         return self("GET", path, headers=_dashed(headers))
@@ -112,6 +112,13 @@ def receive(connection: http.client.HTTPConnection) -> Reply:
     """The response that is due on a connection."""
     response = connection.getresponse()
     return Reply(response.status, response.headers, response.read())
+
+
+def flower(env: Mapping[str, str]) -> Http:
+    """The Flower of a stack, with its password. `env` is the stack's."""
+    user, password = env["TIDEGATE_FLOWER_USER"], env["TIDEGATE_FLOWER_PASSWORD"]
+    token = base64.b64encode(f"{user}:{password}".encode()).decode()
+    return Http(env["TIDEGATE_FLOWER_URL"], {"Authorization": f"Basic {token}"})
 
 
 # Requests

@@ -89,7 +89,7 @@ def test_a_request_that_fits_is_let_through(good: InferRequest) -> None:
         (request(ints([[1, 2, 3]])), "INTS", r"has shape \[1, 3\]"),
         (request(ints([[1, 2]] * 5)), "INTS", "5 rows.*at most 4"),
         (request(ints([[1, 2]]), texts([["a"], ["b"]])), "TEXT", "2 rows where 'INTS' has 1"),
-        (request(Tensor("INTS", "INT64", (0, 2), b"")), "INTS", "no elements"),
+        (request(Tensor("INTS", "INT64", (0, 2), b"")), "INTS", "no rows"),
         (request(Tensor("INTS", "INT64", (-1, 2), bytes(16))), "INTS", "outside 0"),
         (request(Tensor("INTS", "INT64", (2**40, 2), b"")), "INTS", "outside 0"),
         (request(Tensor("INTS", "INT64", (1, 2), bytes(15))), "INTS", "16 bytes, not 15"),

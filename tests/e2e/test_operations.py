@@ -1,0 +1,386 @@
+"""What operators see: health, Flower, the broker, the command line; and what nobody may see."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import pytest
+import redis
+import sqlalchemy as sa
+import uuid_utils.compat as uuids
+
+from config import Settings
+from inference import frames
+from inference.tensors import InferRequest, Tensor
+from ops.embedded import Stack
+from storage.database import Database
+from storage.jobs import Jobs
+from storage.work import NewJob
+from tasks import messages
+from tests.e2e.helpers import (
+    IDENTITY,
+    Http,
+    ended,
+    flower,
+    ints,
+    tensor,
+    together,
+    until,
+)
+
+pytestmark = pytest.mark.stack
+
+
+# Health
+
+
+def test_a_gateway_that_runs_is_alive_and_ready(gateway: Http) -> None:
+    anybody = Http(gateway.url)
+
+    assert (anybody.get("/livez").status, anybody.get("/livez").json()) == (200, {"status": "ok"})
+    ready = anybody.get("/readyz")
+    assert ready.status == 200
+    assert ready.json() == {
+        "status": "ok",
+        "checks": dict.fromkeys(("database", "redis", "objects", "workers"), "ok"),
+    }
+
+
+# The broker
+
+
+@dataclass
+class Traffic:
+    """What clients said to Redis, in its order."""
+
+    commands: list[str] = field(default_factory=list)
+
+    def published(self, queue: str) -> list[str]:
+        """The messages put in a queue."""
+        found = []
+        for command in self.commands:
+            name, _, rest = command.partition(" ")
+            key, _, message = rest.partition(" ")
+            if name.upper() == "LPUSH" and key.endswith(f":{queue}"):
+                found.append(message)
+        return found
+
+
+@contextmanager
+def overheard(client: redis.Redis) -> Iterator[Traffic]:
+    """Everything said to Redis within the block."""
+    traffic, marker = Traffic(), secrets.token_hex(8)
+    with client.monitor() as monitor:  # type: ignore[no-untyped-call]
+
+        def listen() -> None:
+            while marker not in (command := monitor.next_command()["command"]):
+                traffic.commands.append(command)
+
+        thread = Thread(target=listen)
+        thread.start()
+        try:
+            yield traffic
+        finally:
+            client.echo(marker)
+            thread.join(timeout=30)
+    assert not thread.is_alive()
+
+
+def contents(message: str) -> tuple[dict[str, Any], bytes]:
+    """A Celery message, and its body as it was before base64."""
+    document = json.loads(message)
+    assert document["properties"]["body_encoding"] == "base64"
+    return document, base64.b64decode(document["body"])
+
+
+def test_a_message_for_many_requests_is_small(gateway: Http, redis_client: redis.Redis) -> None:
+    """While messages of a model are in flight, the requests of a moment gather in the next one."""
+    with overheard(redis_client) as traffic:
+        replies = together(
+            [partial(gateway.post, IDENTITY, ints(n, delay_ms=200)) for n in range(96)]
+        )
+    jobs = [gateway.get(f"/v1/jobs/{reply.headers['Tidegate-Job-Id']}").json() for reply in replies]
+    sent = [
+        message
+        for message in traffic.published(messages.realtime_queue("default"))
+        if contents(message)[0]["headers"]["task"] == messages.REALTIME
+    ]
+
+    assert {reply.status for reply in replies} == {200}
+    assert max(job["metrics"]["batch_size"] for job in jobs) == 64
+    assert 2 <= len(sent) < 96
+    assert max(len(message) for message in sent) <= messages.MAX_BYTES
+
+
+def test_a_hint_about_many_jobs_is_small(
+    gateway: Http,
+    redis_client: redis.Redis,
+    stack_settings: Settings,
+) -> None:
+    """Jobs accepted in one transaction, as under load, are named by one hint."""
+    database = Database(stack_settings.database_url, pool_size=1)
+    with database.transaction() as connection:
+        tenant = connection.execute(
+            sa.text("SELECT id FROM tenants WHERE name = 'default'")
+        ).scalar_one()
+    request = InferRequest("identity", "", (Tensor("INTS", "INT64", (1, 1), bytes(8)),))
+    jobs = [
+        NewJob(
+            id=uuids.uuid7(),
+            tenant_id=tenant,
+            group=stack_settings.group,
+            model="identity",
+            version="",
+            deadline=60,
+            input=frames.encode_requests([request]),
+        )
+        for _ in range(64)
+    ]
+    with overheard(redis_client) as traffic:
+        Jobs(database).submit(jobs)
+        states = {ended(gateway, str(job.id))["status"] for job in jobs}
+    database.close()
+    hints = [contents(message) for message in traffic.published(messages.batch_queue("default"))]
+
+    assert states == {"succeeded"}
+    assert max(len(json.loads(body)[1]["ids"]) for _, body in hints) == 64
+    sizes = [len(message) for message in traffic.published(messages.batch_queue("default"))]
+    assert max(sizes) <= messages.MAX_BYTES
+
+
+# Flower
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/workers", "/tasks", "/broker", "/api/workers", "/api/tasks", "/api/queues/length"],
+)
+def test_flower_asks_for_its_password(stack: Stack, path: str) -> None:
+    url = stack.env["TIDEGATE_FLOWER_URL"]
+    wrong = base64.b64encode(b"tidegate:guess").decode()
+
+    assert Http(url).get(path).status == 401
+    assert Http(url).get(path, Authorization=f"Basic {wrong}").status == 401
+    assert flower(stack.env).get(path).status == 200
+
+
+def test_flower_shows_workers_and_their_tasks(stack: Stack, gateway: Http) -> None:
+    assert gateway.post(IDENTITY, ints(1)).status == 200
+    job = gateway.post("/v1/jobs", {"model": "identity", "input": ints(1)}).json()
+    worker = ended(gateway, job["id"])["worker"]
+
+    workers = flower(stack.env).get("/api/workers?refresh=1").json()
+    assert worker in workers
+    expected = {messages.REALTIME, messages.CHUNKS, messages.QUERY}
+    assert expected <= set(workers[worker]["registered"])
+    tasks = until(
+        lambda: flower(stack.env).get("/api/tasks?limit=1000").json(),
+        10,
+        lambda tasks: (
+            {messages.REALTIME, messages.CHUNKS} <= {task["name"] for task in tasks.values()}
+        ),
+    )
+    assert {task["name"] for task in tasks.values()} <= expected
+    assert {task["worker"] for task in tasks.values()} == {worker}
+
+
+# What nobody may see
+
+
+def everything_flower_shows(stack: Stack) -> str:
+    workers = flower(stack.env).get("/api/workers?refresh=1")
+    pages = [
+        "/api/tasks?limit=10000",
+        "/tasks",
+        "/workers?json=1",
+        "/broker",
+        "/metrics",
+        *(f"/worker/{quote(name)}" for name in workers.json()),
+    ]
+    replies = [workers, *(flower(stack.env).get(page) for page in pages)]
+    assert {reply.status for reply in replies} == {200}
+    return b"\n".join(reply.body for reply in replies).decode()
+
+
+def logs(stack: Stack) -> dict[str, str]:
+    found = {path.name: path.read_text(errors="replace") for path in (stack.var / "logs").iterdir()}
+    assert "worker.log" in found
+    return found
+
+
+def test_tensors_are_in_no_log_no_message_and_not_in_flower(
+    stack: Stack, gateway: Http, redis_client: redis.Redis
+) -> None:
+    canary = f"canary{secrets.token_hex(8)}"
+    text = {"inputs": [tensor("TEXT", "BYTES", [canary])]}
+    with overheard(redis_client) as traffic:
+        assert gateway.post(IDENTITY, text).status == 200
+        assert gateway.post(IDENTITY, text | {"parameters": {"fail": "x"}}).status == 500
+        late = gateway.post(
+            IDENTITY, text | {"parameters": {"delay_ms": 2000}}, Tidegate_Deadline="0.2"
+        )
+        assert late.status == 504
+        assert (
+            gateway.post(IDENTITY, {"inputs": [text["inputs"][0] | {"shape": [2]}]}).status == 400
+        )
+        assert gateway("POST", IDENTITY, canary.encode()).status == 400
+        assert gateway("POST", "/v1/jobs", canary.encode()).status in (400, 415, 422)
+        job = gateway.post("/v1/jobs", {"model": "identity", "input": text}).json()
+        assert ended(gateway, job["id"])["status"] == "succeeded"
+        stray = json.dumps({"custom_id": "stray", "url": canary})
+        batch = batch_of(gateway, [stray, canary, line(text)])
+        until(
+            lambda: gateway.get(f"/v1/batches/{batch}").json()["status"],
+            20,
+            lambda status: status == "completed",
+        )
+    shown = until(lambda: everything_flower_shows(stack), 10, lambda text: messages.CHUNKS in text)
+
+    # The tensors were there, in the blobs and replies, which end by themselves.
+    keys = re.compile(r":(blob|reply):")
+    kept = [command for command in traffic.commands if keys.search(command)]
+    assert any(canary in command for command in kept)
+    assert not any(canary in command for command in traffic.commands if not keys.search(command))
+    sent = [
+        message
+        for queue in (messages.realtime_queue("default"), messages.batch_queue("default"))
+        for message in traffic.published(queue)
+    ]
+    assert len(sent) >= 5
+    assert not any(canary.encode() in contents(message)[1] for message in sent)
+    assert canary not in shown
+    assert [name for name, text in logs(stack).items() if canary in text] == []
+
+
+def line(body: object) -> str:
+    return json.dumps({"custom_id": "ok", "method": "POST", "url": IDENTITY, "body": body})
+
+
+def batch_of(server: Http, lines: list[str]) -> str:
+    """Uploads a file and runs a batch over it, without an SDK."""
+    purpose, upload = (
+        f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+        for name, value in (
+            ("purpose", "batch"),
+            ('file"; filename="in.jsonl', "\n".join(lines)),
+        )
+    )
+    file = server(
+        "POST",
+        "/v1/files",
+        f"{purpose}{upload}--x--\r\n".encode(),
+        {"Content-Type": "multipart/form-data; boundary=x"},
+    )
+    asked = {"input_file_id": file.json()["id"], "endpoint": IDENTITY, "completion_window": "1h"}
+    batch: str = server.post("/v1/batches", asked).json()["id"]
+    return batch
+
+
+def credentials(stack: Stack) -> dict[str, str]:
+    """What opens something, by name."""
+    named = ("TIDEGATE_SECRET", "TIDEGATE_API_KEY", "TIDEGATE_FLOWER_PASSWORD")
+    urls = ("TIDEGATE_DATABASE_URL", "TIDEGATE_REDIS_URL")
+    found = {name: stack.env[name] for name in named}
+    found |= {name: urlsplit(stack.env[name]).password or "" for name in urls}
+    assert all(found.values())
+    return found
+
+
+def test_flower_shows_no_password(stack: Stack) -> None:
+    shown = everything_flower_shows(stack)
+
+    assert [name for name, value in credentials(stack).items() if value in shown] == []
+
+
+def test_logs_hold_no_password(stack: Stack) -> None:
+    text = "\n".join(logs(stack).values())
+
+    assert [name for name, value in credentials(stack).items() if value in text] == []
+
+
+def test_command_lines_which_are_public_hold_no_password(stack: Stack) -> None:
+    shown = {
+        process.name
+        for process in stack.processes.values()
+        for value in credentials(stack).values()
+        if any(value in str(word) for word in process.command)
+    }
+
+    assert shown == set()
+
+
+# The API's description, and the command line
+
+
+def test_the_api_describes_itself(gateway: Http) -> None:
+    document = Http(gateway.url).get("/v1/openapi.json").json()
+
+    assert document["openapi"].startswith("3.1")
+    assert document["info"]["title"] == "Tidegate"
+    paths = document["paths"]
+    for path, methods in {
+        "/v1/jobs": {"get", "post"},
+        "/v1/jobs/{job_id}": {"get"},
+        "/v1/jobs/{job_id}/result": {"get"},
+        "/v1/jobs/{job_id}/cancel": {"post"},
+        "/v1/files": {"get", "post"},
+        "/v1/files/{file_id}": {"get", "delete"},
+        "/v1/files/{file_id}/content": {"get"},
+        "/v1/batches": {"get", "post"},
+        "/v1/batches/{batch_id}": {"get"},
+        "/v1/batches/{batch_id}/cancel": {"post"},
+    }.items():
+        assert methods <= paths[path].keys()
+    for path, operations in paths.items():
+        named = set(re.findall(r"{(\w+)}", path))
+        for method, operation in operations.items():
+            if method == "parameters":
+                continue
+            assert operation["responses"], (method, path)
+            parameters = [*operations.get("parameters", []), *operation.get("parameters", [])]
+            assert {p["name"] for p in parameters if p.get("in") == "path"} == named, (method, path)
+    # Every reference leads somewhere.
+    for reference in set(re.findall(r'"\$ref": ?"([^"]+)"', json.dumps(document))):
+        found = document
+        for step in reference.removeprefix("#/").split("/"):
+            found = found[step]
+
+
+def celery(stack: Stack, root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "workers", "worker", *arguments],
+        cwd=root,
+        env=os.environ | stack.env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_celerys_own_command_knows_gpus(stack: Stack, root: Path) -> None:
+    told = celery(stack, root, "--help")
+
+    assert told.returncode == 0
+    assert "--gpu" in told.stdout
+    assert "--group" in told.stdout
+
+
+def test_a_gpu_that_is_none_is_refused(stack: Stack, root: Path) -> None:
+    told = celery(stack, root, "--gpu", "first")
+
+    assert told.returncode == 2
+    assert "GPU number" in told.stderr
