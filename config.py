@@ -6,7 +6,7 @@ Each field `name` is the variable `TIDEGATE_NAME`. Durations are seconds, sizes 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import environs
@@ -26,17 +26,17 @@ class Settings:
     """One deployment's settings. Built by `load`; tests build their own."""
 
     # Stores
-    database_url: str
+    database_url: str = field(repr=False)
     """Postgres, as SQLAlchemy reads it: `postgresql+psycopg2://user:password@host/name`."""
-    redis_url: str
+    redis_url: str = field(repr=False)
     """Reply lists and tensors in flight: `redis://:password@host:6379/0`, `noeviction`."""
     objects_url: str
     """Where outputs and files live: `file:///absolute/folder`."""
-    secret: str
+    secret: str = field(repr=False)
     """Key for job-id signatures and API-key digests; the same in every process."""
 
     # Broker
-    broker_url: str = ""
+    broker_url: str = field(default="", repr=False)
     """Empty: the Redis of `redis_url`."""
     namespace: str = "tidegate"
     """Prefix of every Redis key and broker queue of this deployment."""
@@ -145,16 +145,16 @@ def load(**overrides: object) -> Settings:
     """Settings from `TIDEGATE_*`, checked together. Keyword arguments win over the environment."""
     env = environs.Env(eager=False, prefix="TIDEGATE_")
     values: dict[str, object] = {}
-    for field in Settings.__dataclass_fields__.values():
-        if field.name in overrides:
-            values[field.name] = overrides[field.name]
+    for setting in Settings.__dataclass_fields__.values():
+        if setting.name in overrides:
+            values[setting.name] = overrides[setting.name]
             continue
-        read = getattr(env, _READERS[str(field.type)])
-        required = field.name in ("database_url", "redis_url", "objects_url", "secret")
-        checks = {"validate": _POSITIVE} if field.type in ("int", "float") else {}
-        name = field.name.upper()
-        values[field.name] = (
-            read(name, **checks) if required else read(name, field.default, **checks)
+        read = getattr(env, _READERS[str(setting.type)])
+        required = setting.name in ("database_url", "redis_url", "objects_url", "secret")
+        checks = {"validate": _POSITIVE} if setting.type in ("int", "float") else {}
+        name = setting.name.upper()
+        values[setting.name] = (
+            read(name, **checks) if required else read(name, setting.default, **checks)
         )
     try:
         env.seal()

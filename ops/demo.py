@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import os
+import signal
 import statistics
 import sys
 import time
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import openai
@@ -28,8 +30,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ops.embedded import Ports, Stack, StackError, envfile
-from ops.embedded.__main__ import Wishes, say, welcome
-from ops.embedded.stack import ROOT, Interrupted
+from ops.embedded.__main__ import say, welcome
+from ops.embedded.stack import ROOT
 
 DIGITS = ROOT / "ops" / "digits"
 MODEL = "digits"
@@ -84,11 +86,10 @@ def running(var: Path) -> Iterator[dict[str, str]]:
                 say(f"Using the stack at {env['TIDEGATE_URL']}")
                 yield env
                 return
-    wishes = Wishes()
     began = time.monotonic()
     with Stack(var, Ports.from_environ(os.environ), tell=say) as stack:
         say(f"Starting Tidegate on {stack.var}")
-        stack.start(interrupted=wishes.stop)
+        stack.start()
         say(welcome(stack, time.monotonic() - began))
         yield stack.env
         say("\nStopping what this started")
@@ -173,7 +174,7 @@ def batch(env: dict[str, str], digits: Digits) -> str:
     )
     if held_out.mean() < GOOD_ENOUGH:
         raise DemoError(f"accuracy on held-out images is below {GOOD_ENOUGH:.0%}")
-    return made.id.removeprefix("batch_")
+    return str(UUID(made.id.removeprefix("batch_")))
 
 
 def _jsonl(digits: Digits) -> bytes:
@@ -245,6 +246,8 @@ def main() -> int:
         "--var", type=Path, default=ROOT / "var", help="folder of the stack (default: %(default)s)"
     )
     var = parser.parse_args().var
+    # As Ctrl-C does: what was started is stopped on the way out.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     digits = Digits.load()
     try:
         with running(var) as env:
@@ -257,7 +260,8 @@ def main() -> int:
                 "\n   README.md                            the same with curl and in your own code"
                 f"\n   {env['TIDEGATE_FLOWER_URL']:<36} Flower: workers and tasks (while it runs)"
             )
-    except Interrupted:
+    except KeyboardInterrupt:
+        print("demo: interrupted", file=sys.stderr)
         return 130
     except (
         DemoError,

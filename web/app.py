@@ -15,6 +15,7 @@ from config import Settings
 from tasks.bootstrap import Services, build_services
 from web import batches, error_handlers, files, health, jobs, oip
 from web.context import Gateway
+from web.http import refuse_nul
 from web.json import OrjsonProvider
 from workers import logs
 from workers.app import build_app
@@ -44,6 +45,7 @@ def create_app(settings: Settings | None = None, services: Services | None = Non
     )
     app.extensions["tidegate"] = Gateway.build(services or build_services(settings))
     app.before_request(_begin)
+    app.before_request(refuse_nul)
     app.after_request(_end)
     app.register_blueprint(health.blueprint)
     app.register_blueprint(oip.blueprint)

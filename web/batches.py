@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from uuid import UUID
 
 import uuid_utils.compat as uuids
 from flask import Response, request
 from flask_smorest import Blueprint
 
-from errors import BadRequest, Conflict
+from errors import BadRequest, Conflict, NotFound
 from storage.lifecycle import JobKind, JobState, Priority
 from storage.work import NewBatch, NewJob
 from tasks.batch_lines import parse_endpoint
@@ -57,11 +58,15 @@ def create(body: dict[str, Any]) -> Response:
     return _batch(job_id)
 
 
-def _batch(job_id: Any) -> Response:
-    row = gateway().services.jobs.get(tenant(), job_id)
-    if row.kind != JobKind.BATCH:
-        read_uuid("", "batch_", "batch")
-    return respond(views.batch(row))
+def _batch(job_id: UUID) -> Response:
+    return respond(views.batch(_find(job_id)))
+
+
+def _find(job_id: UUID) -> Any:
+    try:
+        return gateway().services.jobs.get(tenant(), job_id, [JobKind.BATCH])
+    except NotFound:
+        raise NotFound(f"no batch {views.batch_id(job_id)}") from None
 
 
 @blueprint.get("")
@@ -91,10 +96,11 @@ def cancel(batch_id: str) -> Response:
     """Call a batch off; the lines answered so far are kept in its output file."""
     job_id = read_uuid(batch_id, "batch_", "batch")
     try:
-        gateway().services.jobs.cancel(tenant(), job_id)
+        gateway().services.jobs.cancel(tenant(), job_id, [JobKind.BATCH])
+    except NotFound:
+        raise NotFound(f"no batch {batch_id}") from None
     except Conflict:
-        row = gateway().services.jobs.get(tenant(), job_id)
-        status = views.BATCH_STATUS[JobState(row.state)]
+        status = views.BATCH_STATUS[JobState(_find(job_id).state)]
         raise Conflict(f"cannot cancel a batch that is {status}") from None
     gateway().services.pump.kick(gateway().services.settings.group)
     return _batch(job_id)

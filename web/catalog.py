@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from typing import Any
 
-from errors import TidegateError
+from errors import TidegateError, Unavailable
 from inference.metadata import ModelSpec
-from web.lane import RealtimeLane
+
+STALE_FACTOR = 12
+"""How many times its lifetime an entry still serves while a newer one is asked for."""
+
+Name = tuple[str, str]
+"""A model and its version; "" is the latest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,52 +30,67 @@ class Entry:
 
 
 class Catalog:
-    """Single flight: of many requests for a model nobody has asked about lately, one asks."""
+    """Single flight: of many requests for a model nobody has asked about lately, one asks, and all
+    of them get its answer, error or not. An entry that has just grown old serves on while somebody
+    asks again, so a busy worker holds up nobody who has been served before."""
 
-    def __init__(self, lane: RealtimeLane, ttl: float):
-        self._lane = lane
+    def __init__(
+        self,
+        query: Callable[..., Any],
+        ttl: float,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """`query(op, model, version)` asks a worker; `ttl` is seconds."""
+        self._query = query
         self._ttl = ttl
-        self._known: dict[tuple[str, str], tuple[float, Entry | TidegateError]] = {}
-        self._asking: dict[tuple[str, str], threading.Lock] = {}
+        self._clock = clock
+        self._known: dict[Name, tuple[float, Entry]] = {}
+        self._asking: dict[Name, Future[Entry]] = {}
         self._lock = threading.Lock()
 
-    def get(self, model: str, version: str = "") -> Entry:
-        """Raises `ModelNotFound`, `ModelNotReady`, `Unavailable`."""
-        key = (model, version)
-        found = self._fresh(key)
-        if found is None:
-            with self._lock:
-                asking = self._asking.setdefault(key, threading.Lock())
-            with asking:
-                found = self._fresh(key)
-                if found is None:
-                    found = self._ask(key)
-        if isinstance(found, TidegateError):
-            raise found
-        return found
+    def get(self, model: str, version: str = "", *, timeout: float = 5.0) -> Entry:
+        """Raises `ModelNotFound`, `ModelNotReady`, and `Unavailable` without an answer within
+        `timeout` seconds."""
+        name = (model, version)
+        with self._lock:
+            known = self._known.get(name)
+            age = self._clock() - known[0] if known else 0.0
+            if known and age <= self._ttl:
+                return known[1]
+            asking = self._asking.get(name)
+            if asking is None:
+                asking = self._asking[name] = Future()
+                threading.Thread(
+                    target=self._ask, args=(name, asking), name="catalog", daemon=True
+                ).start()
+        if known and age <= self._ttl * STALE_FACTOR:
+            return known[1]
+        try:
+            return asking.result(timeout)
+        except FutureTimeout:
+            raise Unavailable("no GPU worker answered in time", retry_after=1) from None
 
     def forget(self, model: str, version: str = "") -> None:
         """Ask again next time: a worker said that this model is not what it was."""
-        self._known.pop((model, version), None)
-
-    def _fresh(self, key: tuple[str, str]) -> Entry | TidegateError | None:
-        known = self._known.get(key)
-        if known is None or time.monotonic() - known[0] > self._ttl:
-            return None
-        return known[1]
-
-    def _ask(self, key: tuple[str, str]) -> Entry | TidegateError:
-        found: Entry | TidegateError
-        try:
-            told = self._lane.query("describe", *key)
-            spec = ModelSpec.parse(told["metadata"], told["config"])
-            found = Entry(told["metadata"], told["config"], spec)
-        except TidegateError as error:
-            # A name nobody has is not kept: names are the client's, and memory is ours.
-            with self._lock:
-                self._known.pop(key, None)
-                self._asking.pop(key, None)
-            return error
         with self._lock:
-            self._known[key] = (time.monotonic(), found)
-        return found
+            self._known.pop((model, version), None)
+
+    def _ask(self, name: Name, asking: Future[Entry]) -> None:
+        try:
+            told = self._query("describe", *name)
+            spec = ModelSpec.parse(told["metadata"], told["config"])
+            entry = Entry(told["metadata"], told["config"], spec)
+        except Exception as error:
+            with self._lock:
+                # A name nobody has is not kept: names are the client's, and memory is ours.
+                del self._asking[name]
+                if not isinstance(error, Unavailable):
+                    self._known.pop(name, None)
+            asking.set_exception(
+                error if isinstance(error, TidegateError) else Unavailable("no sensible answer")
+            )
+            return
+        with self._lock:
+            self._known[name] = (self._clock(), entry)
+            del self._asking[name]
+        asking.set_result(entry)

@@ -9,6 +9,7 @@ from uuid import UUID
 
 from flask import current_app
 
+from errors import Unauthenticated, Unavailable
 from storage.keys import Keys
 from tasks.bootstrap import Services
 from web.catalog import Catalog
@@ -33,12 +34,21 @@ class KeyCache:
         known = self._known.get(key)
         if known is not None and now - known[0] < self._ttl:
             return known[1]
+        try:
+            tenant = self._keys.tenant_of(key)
+        except Unavailable:
+            # Realtime needs no database: a key that was good a moment ago is good while Postgres
+            # is away. Not asked again for a while, so that not every request waits for it.
+            if known is None:
+                raise
+            tenant = known[1]
+        except Unauthenticated:
+            with self._lock:
+                self._known.pop(key, None)
+            raise
         with self._lock:
-            self._known.pop(key, None)
             if len(self._known) >= self._most:
                 self._known.clear()
-        tenant = self._keys.tenant_of(key)
-        with self._lock:
             self._known[key] = (now, tenant)
         return tenant
 
@@ -67,7 +77,7 @@ class Gateway:
             services=services,
             keys=KeyCache(services.keys, settings.key_ttl),
             lane=lane,
-            catalog=Catalog(lane, settings.catalog_ttl),
+            catalog=Catalog(lane.query, settings.catalog_ttl),
             recorder=Recorder(services.records),
             waiter=JobWaiter(services.jobs),
         )

@@ -1,7 +1,9 @@
-"""gunicorn's gevent worker, stopping without waiting for clients that only hold a connection."""
+"""gunicorn's gevent worker, that neither waits for clients who only hold a connection when it stops
+nor reads, piece by piece, bodies that nobody wants."""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -9,6 +11,11 @@ from typing import Any
 
 import gevent
 from gunicorn.workers.ggevent import GeventWorker
+
+FORGIVEN = 64 * 1024
+"""Bytes of a refused body that are read to the end, so that its connection can go on."""
+LINGER = 2.0
+"""Seconds for the answer to a refused body to reach a client that is still sending."""
 
 
 class DrainingWorker(GeventWorker):  # type: ignore[misc]
@@ -33,9 +40,39 @@ class DrainingWorker(GeventWorker):  # type: ignore[misc]
             finally:
                 del self._idle[waiting]
 
+    def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> None:
+        """One request; its connection ends where most of a body was left unread."""
+        super().handle_request(listener_name, req, sock, addr)
+        if _unread(req) > FORGIVEN:
+            # gunicorn would read the rest in pieces of a few KiB, and nobody else would be served
+            # meanwhile. Thrown away in large ones, for a moment: closing a socket that still
+            # receives would take the answer along.
+            with gevent.Timeout(LINGER, False):
+                sock.shutdown(socket.SHUT_WR)
+                waste = bytearray(1 << 20)
+                while sock.recv_into(waste):
+                    pass
+            raise StopIteration
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM."""
         super().handle_exit(sig, frame)
+        gevent.get_hub().loop.run_callback(self._drain)
+
+    def _drain(self) -> None:
+        if self.app.callable is not None:
+            # Those who wait for a job hear now that it goes on without them.
+            self.app.callable.extensions["tidegate"].waiter.release()
         for waiting, timeout in list(self._idle.items()):
-            # As if the keep-alive time were over: thrown from the loop, where that comes from.
-            gevent.get_hub().loop.run_callback(waiting.throw, timeout)
+            # As if the keep-alive time were over. In the loop, and only while it is still idle: a
+            # request that has come in is answered.
+            if self._idle.get(waiting) is timeout:
+                waiting.throw(timeout)
+
+
+def _unread(req: Any) -> int:
+    """Bytes of the body that nobody read: of a chunked one, any number."""
+    reader = req.body.reader
+    if hasattr(reader, "length"):
+        return int(reader.length)
+    return FORGIVEN + 1 if getattr(reader, "parser", None) is not None else 0

@@ -18,6 +18,7 @@ from web import views
 from web.context import gateway
 from web.http import Preference, tenant
 from web.json import respond
+from web.offload import offload
 
 
 def submit(
@@ -29,12 +30,12 @@ def submit(
 ) -> UUID:
     """Accept one inference as a job to end within so many seconds. It is durable on return."""
     services = gateway().services
-    job_id = g.job_id = uuids.uuid7()
+    job_id = uuids.uuid7()
     frame: bytes | None = frames.encode_requests([asked])
     key = None
     if frame is not None and len(frame) > services.settings.inline_bytes:
         key = f"jobs/{tenant().hex}/{job_id.hex}/input"
-        services.objects.put(key, frame)
+        offload(services.objects.put, key, frame)
         frame = None
     services.jobs.submit(
         [
@@ -52,6 +53,7 @@ def submit(
             )
         ]
     )
+    g.job_id = job_id
     services.pump.kick(services.settings.group)
     return job_id
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import IO
@@ -17,6 +18,7 @@ from web import schemas, views
 from web.context import gateway
 from web.http import page_limit, read_uuid, require_key, tenant
 from web.json import respond
+from web.offload import offload
 
 blueprint = Blueprint(
     "files", __name__, url_prefix="/v1/files", description="Batch input and output"
@@ -44,12 +46,13 @@ def create() -> Response:
         raise BadRequest("file: is missing", param="file")
     file_id = uuids.uuid7()
     key = file_key(tenant(), file_id)
-    size = gateway().services.objects.put(key, _blocks(upload.stream))
+    most = gateway().services.settings.max_file_bytes
+    size = offload(gateway().services.objects.put, key, _blocks(upload.stream, most))
     row = FileRow(
         id=file_id,
         tenant_id=tenant(),
         purpose=purpose,
-        filename=(upload.filename or "file.jsonl")[:255],
+        filename=re.sub(r"[\x00-\x1f\x7f]", "", upload.filename or "")[:255] or "file.jsonl",
         bytes=size,
         key=key,
         expires_at=_expires_at(),
@@ -57,8 +60,7 @@ def create() -> Response:
     return respond(views.file(gateway().services.files.add(row)))
 
 
-def _blocks(stream: IO[bytes]) -> Iterator[bytes]:
-    most = gateway().services.settings.max_file_bytes
+def _blocks(stream: IO[bytes], most: int) -> Iterator[bytes]:
     size = 0
     while block := stream.read(objects.BLOCK):
         size += len(block)
@@ -116,7 +118,7 @@ def content(file_id: str) -> Response:
     blocks = gateway().services.objects.stream(row.key)
     headers = {
         "Content-Length": str(row.bytes),
-        "Content-Disposition": f'attachment; filename="{file_id}.jsonl"',
+        "Content-Disposition": f'attachment; filename="{views.file_id(row.id)}.jsonl"',
     }
     return Response(blocks, headers=headers, content_type="application/octet-stream")
 
@@ -126,5 +128,6 @@ def content(file_id: str) -> Response:
 def delete(file_id: str) -> Response:
     """Forget a file. A batch that runs over it goes on."""
     row = find(file_id)
-    gateway().services.files.delete(tenant(), row.id)
+    if gateway().services.files.delete(tenant(), row.id):
+        gateway().services.objects.delete(row.key)
     return respond({"id": views.file_id(row.id), "object": "file", "deleted": True})

@@ -6,7 +6,10 @@ twice gthread's requests per second (see DESIGN). No gRPC runs here, which geven
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
+from collections.abc import Callable
 from typing import Any
 
 bind = os.environ.get("TIDEGATE_BIND", "127.0.0.1:8080")
@@ -33,18 +36,29 @@ def post_fork(server: Any, worker: Any) -> None:
     from gevent.socket import wait_read, wait_write
 
     def wait(connection: Any) -> None:
+        # A little more than the longest statement: past it nobody is there any more.
+        until = time.monotonic() + 6
         while True:
+            left = until - time.monotonic()
+            if left <= 0:
+                raise psycopg2.OperationalError("Postgres does not answer")
             state = connection.poll()
             if state == psycopg2.extensions.POLL_OK:
                 return
             if state == psycopg2.extensions.POLL_READ:
-                wait_read(connection.fileno(), timeout=30)
+                _within(wait_read, connection, left)
             elif state == psycopg2.extensions.POLL_WRITE:
-                wait_write(connection.fileno(), timeout=30)
+                _within(wait_write, connection, left)
             else:
                 raise psycopg2.OperationalError(f"unknown poll state {state}")
 
     psycopg2.extensions.set_wait_callback(wait)
+
+
+def _within(wait: Callable[..., None], connection: Any, seconds: float) -> None:
+    """Wait; that the time is over is for the caller's loop to see."""
+    with contextlib.suppress(TimeoutError):
+        wait(connection.fileno(), timeout=seconds)
 
 
 def worker_exit(server: Any, worker: Any) -> None:

@@ -14,6 +14,16 @@ from flask import g, request
 from errors import BadRequest, NotFound, Unauthenticated
 from web.context import gateway
 
+_HEX = re.compile(r"[0-9a-f]{32}")
+_DASHED = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+def refuse_nul() -> None:
+    """A `before_request`: no value of ours holds a NUL, and Postgres stores none."""
+    for name, value in request.args.items(multi=True):
+        if "\0" in value:
+            raise BadRequest(f"{name}: holds a NUL character", param=name)
+
 
 def require_key() -> None:
     """A `before_request`: who is asking. Raises `Unauthenticated`."""
@@ -106,9 +116,7 @@ def page_limit(default: int, most: int) -> int:
 
 def read_uuid(text: str, prefix: str, what: str) -> UUID:
     """An id of ours as its UUID. Raises `NotFound`: an id of another form names nothing."""
-    try:
-        if not text.startswith(prefix):
-            raise ValueError
-        return UUID(text.removeprefix(prefix))
-    except ValueError:
-        raise NotFound(f"no {what} {text[:80]}") from None
+    digits = text.removeprefix(prefix)
+    if not text.startswith(prefix) or not (_HEX if prefix else _DASHED).fullmatch(digits):
+        raise NotFound(f"no {what} {text[:80]!r}")
+    return UUID(digits)

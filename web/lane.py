@@ -40,6 +40,12 @@ MAX_WAITING = 4096
 """Requests of one model version that may wait in one gateway process: beyond it, 503 at once."""
 MAX_MESSAGE_BYTES = 16 << 20
 """A message that holds this much takes no more requests (a single larger one travels alone)."""
+MAX_WAITING_BYTES = 256 << 20
+"""Tensor bytes of one model version that may wait in one gateway process: beyond it, 503."""
+MAX_FLYING = 64
+"""Messages of one model version in flight, however slow it is."""
+PATIENCE = 0.02
+"""Seconds a full window holds back a message: a slow request delays the next ones this much."""
 PRESENCE_TTL = 1.0
 QUERY_TIMEOUT = 5.0
 
@@ -127,16 +133,20 @@ class Coalescer:
         self._clock = clock
         self._send = send
         self._queue: deque[_Waiting] = deque()
+        self._bytes = 0
         self._flying: dict[bytes, float] = {}
+        self._sent = 0.0
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
     def submit(self, waiting: _Waiting) -> None:
         """Queue one request. Raises `Unavailable` where too many wait already."""
         with self._changed:
-            if len(self._queue) >= MAX_WAITING:
+            full = self._queue and self._bytes + waiting.size > MAX_WAITING_BYTES
+            if full or len(self._queue) >= MAX_WAITING:
                 raise Unavailable("too many requests wait for this model", retry_after=1)
             self._queue.append(waiting)
+            self._bytes += waiting.size
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="coalescer", daemon=True)
                 self._thread.start()
@@ -146,18 +156,27 @@ class Coalescer:
         while True:
             with self._changed:
                 while not (self._queue and self._has_room()):
-                    # A message whose answer never comes gives its place back at its deadline.
-                    self._changed.wait(timeout=0.5 if self._flying else None)
+                    self._changed.wait(timeout=PATIENCE if self._queue else None)
                 batch = self._take()
             if batch:
-                self._fly(batch)
+                try:
+                    self._fly(batch)
+                except Exception:
+                    # This model's only sender: whatever happens, it sends the next message.
+                    log.exception("message lost", action="lane.lost")
 
     def _has_room(self) -> bool:
-        if len(self._flying) >= self._window:
-            now = self._clock()
-            for message in [name for name, until in self._flying.items() if until <= now]:
-                self._land(message)
-        return len(self._flying) < self._window
+        """May another message leave? While answers come quickly the window makes requests gather;
+        where they don't, the next message leaves after a moment all the same."""
+        if len(self._flying) < self._window:
+            return True
+        now = self._clock()
+        # A message whose answer never comes gives its place back at its deadline.
+        for message in [name for name, until in self._flying.items() if until <= now]:
+            self._land(message)
+        return len(self._flying) < self._window or (
+            len(self._flying) < MAX_FLYING and now - self._sent >= PATIENCE
+        )
 
     def _take(self) -> list[_Waiting]:
         batch: list[_Waiting] = []
@@ -167,6 +186,7 @@ class Coalescer:
             if batch and size + self._queue[0].size > MAX_MESSAGE_BYTES:
                 break
             waiting = self._queue.popleft()
+            self._bytes -= waiting.size
             if waiting.until > now:
                 batch.append(waiting)
                 size += waiting.size
@@ -179,6 +199,7 @@ class Coalescer:
         ttl = max(0.001, *deadlines)
         with self._changed:
             self._flying[message] = now + ttl
+            self._sent = now
         self._replies.expect(message, lambda data: self._landed(message, batch, data))
         try:
             data = frames.encode_requests([waiting.request for waiting in batch])
@@ -209,8 +230,13 @@ class Coalescer:
         with self._changed:
             self._land(message)
             self._changed.notify()
+        if len(outcomes) != len(batch):
+            error = TidegateError("the worker answered another number of requests")
+            outcomes = [error] * len(batch)
         for waiting, outcome in zip(batch, outcomes, strict=True):
-            waiting.answer.set_result(Answer(outcome, len(batch)))
+            # A publish that failed may have arrived all the same: the first answer counts.
+            if not waiting.answer.done():
+                waiting.answer.set_result(Answer(outcome, len(batch)))
 
     def _land(self, message: bytes) -> None:
         self._flying.pop(message, None)

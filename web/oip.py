@@ -29,6 +29,9 @@ from web import durable
 from web.context import gateway
 from web.http import deadline, preference, require_key, tenant
 from web.json import respond
+from web.lane import QUERY_TIMEOUT
+from web.offload import offload
+from web.schemas import MAX_WINDOW
 
 blueprint = Blueprint("oip", __name__, url_prefix="/v2")
 models = Blueprint("models", __name__, url_prefix="/v2")
@@ -134,21 +137,27 @@ _INFER, _INFER_VERSION = routes("/infer")
 def infer(model: str, version: str = "") -> Response:
     """Run a model. 200 with the answer; 202 with a job where the client preferred that."""
     found, settings = gateway(), gateway().services.settings
-    entry = found.catalog.get(*_checked(model, version))
+    _refuse_too_large(request.content_length or 0)
+    # Known before the body is: what the model is like must not take longer than the answer may.
+    limit = deadline(settings.realtime_timeout, settings.max_realtime_timeout)
+    entry = found.catalog.get(*_checked(model, version), timeout=min(limit, QUERY_TIMEOUT))
     asked, fmt = oip.parse_infer(
         _body(), _header_length(), model=model, version=version, spec=entry.spec
     )
     check(asked, entry.spec)
-    asked, timeout = _take_timeout(asked, settings.realtime_timeout)
+    asked, given = _take_timeout(asked)
     preferred = preference(settings.max_wait)
     if preferred.durable:
         return durable.infer(
             asked,
             preferred,
-            within=deadline(settings.job_deadline, settings.job_deadline),
+            within=deadline(given or settings.job_deadline, MAX_WINDOW),
             render=lambda result: _rendered(result, fmt),
         )
-    timeout = deadline(timeout, settings.max_realtime_timeout)
+    timeout = deadline(
+        min(given or settings.realtime_timeout, settings.max_realtime_timeout),
+        settings.max_realtime_timeout,
+    )
     job_id = found.services.ids.mint(tenant())
     return _realtime(asked, fmt, timeout, job_id)
 
@@ -192,9 +201,14 @@ def _body() -> bytes:
     # A body of unknown length is cut at the limit without a word; one byte more is the proof.
     request.max_content_length = limit + 1
     body = request.get_data(cache=False, parse_form_data=False)
-    if len(body) > limit:
-        raise TooLarge(f"the body has more than {limit} bytes")
+    _refuse_too_large(len(body))
     return oip.inflate(body, request.headers.get("Content-Encoding"), limit)
+
+
+def _refuse_too_large(size: int) -> None:
+    limit = gateway().services.settings.max_body_bytes
+    if size > limit:
+        raise TooLarge(f"the body has more than {limit} bytes")
 
 
 def _header_length() -> int | None:
@@ -206,16 +220,21 @@ def _header_length() -> int | None:
     return int(text)
 
 
-def _take_timeout(asked: InferRequest, default: float) -> tuple[InferRequest, float]:
+def _take_timeout(asked: InferRequest) -> tuple[InferRequest, float | None]:
     """OIP's own `timeout`, in microseconds, is the request's deadline: what is left of it goes
-    with the request all the way, so the model needs no second one."""
+    with the request all the way, so the model needs no second one. Seconds; None: not given."""
     given = asked.parameters.get("timeout", 0)
     if "timeout" not in asked.parameters:
-        return asked, default
+        return asked, None
     rest = {name: value for name, value in asked.parameters.items() if name != "timeout"}
     if not isinstance(given, int):
         raise BadRequest("timeout: must be microseconds", param="timeout")
-    return replace(asked, parameters=rest), given / 1e6 if given else default
+    return replace(asked, parameters=rest), given / 1e6 or None
+
+
+def _accepts(encoding: str) -> bool:
+    """Named, and not with a weight of 0; `*` names none."""
+    return any(name == encoding and weight > 0 for name, weight in request.accept_encodings)
 
 
 def _rendered(result: InferResult, fmt: oip.ResponseFormat) -> Response:
@@ -224,10 +243,9 @@ def _rendered(result: InferResult, fmt: oip.ResponseFormat) -> Response:
     if header_length is not None:
         headers[oip.HEADER_LENGTH] = str(header_length)
     # In Triton's order of preference; it compresses whatever the size.
-    accepted = request.headers.get("Accept-Encoding", "")
     for encoding in ("gzip", "deflate"):
-        if encoding in accepted:
-            body = oip.compress(body, encoding)
+        if _accepts(encoding):
+            body = offload(oip.compress, body, encoding)
             headers["Content-Encoding"] = encoding
             break
     kind = "application/json" if header_length is None else "application/octet-stream"

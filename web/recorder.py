@@ -15,7 +15,7 @@ log = structlog.get_logger(__name__)
 EVERY = 0.2
 MOST = 1000
 MAX_KEPT = 50_000
-"""Records kept while Postgres is away; beyond it the oldest go, and their ids answer `unknown`."""
+"""Records kept while Postgres is away; beyond it the oldest go, and their ids say `record_lost`."""
 
 
 class Recorder:
@@ -49,7 +49,8 @@ class Recorder:
             try:
                 self._records.add(batch)
             except Unavailable as error:
-                self._kept.extendleft(reversed(batch))
+                room = MAX_KEPT - len(self._kept)
+                self._kept.extendleft(reversed(batch[max(0, len(batch) - room) :] if room else []))
                 log.warning("records kept back", action="records.late", error=error.message)
                 return
             except Exception:

@@ -24,10 +24,19 @@ def parse_window(text: str) -> float:
     return float(seconds)
 
 
+def _text(most: int) -> fields.String:
+    return fields.String(
+        validate=[
+            validate.Length(max=most),
+            validate.ContainsNoneOf("\0", error="Must not hold a NUL character."),
+        ]
+    )
+
+
 def _metadata() -> fields.Field[Any]:
     return fields.Dict(
-        keys=fields.String(validate=validate.Length(max=64)),
-        values=fields.String(validate=validate.Length(max=512)),
+        keys=_text(64),
+        values=_text(512),
         validate=validate.Length(max=16),
         allow_none=True,
         metadata={"description": "Up to 16 pairs of yours; keys to 64, values to 512 characters."},

@@ -5,8 +5,12 @@ from __future__ import annotations
 import threading
 from uuid import UUID
 
+import structlog
+
 from errors import Unavailable
 from storage.jobs import Jobs
+
+log = structlog.get_logger(__name__)
 
 FIRST = 0.02
 SLOWEST = 0.25
@@ -21,10 +25,21 @@ class JobWaiter:
         self._lock = threading.Lock()
         self._arrived = threading.Event()
         self._thread: threading.Thread | None = None
+        self._released = False
 
-    def wait(self, job_id: UUID, timeout: float) -> bool:
-        """True once the job has ended; False where it has not within `timeout` seconds."""
+    def release(self) -> None:
+        """Let everybody go, now and from now on: the process is about to end."""
+        self._released = True
+        with self._lock:
+            for events in self._waiters.values():
+                for event in events:
+                    event.set()
+
+    def wait(self, job_id: UUID, timeout: float) -> None:
+        """Return once the job has ended, or `timeout` seconds are over."""
         ended = threading.Event()
+        if self._released:
+            return
         with self._lock:
             self._waiters.setdefault(job_id, []).append(ended)
             if self._thread is None:
@@ -32,7 +47,7 @@ class JobWaiter:
                 self._thread.start()
         self._arrived.set()
         try:
-            return ended.wait(timeout)
+            ended.wait(timeout)
         finally:
             with self._lock:
                 left = [event for event in self._waiters.get(job_id, ()) if event is not ended]
@@ -57,6 +72,10 @@ class JobWaiter:
             try:
                 ended = self._jobs.ended(wanted)
             except Unavailable:
+                continue
+            except Exception:
+                # Everybody's only thread: whatever happens, it asks again.
+                log.exception("poll failed", action="waiter.failed")
                 continue
             with self._lock:
                 for job_id in ended:

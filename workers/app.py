@@ -75,7 +75,8 @@ def build_app(settings: Settings) -> Celery:
             "client_name": "tidegate",
         },
     )
-    app.conf.tidegate = settings
+    # Not in `app.conf`, which monitors may read.
+    app.tidegate = settings
     gpu.extend(app)
     return app
 

@@ -62,7 +62,7 @@ def _pin(sender: Any, **_: Any) -> None:
     """Before anything of the worker is made: its GPU, name, queues and services."""
     app: Celery = sender.app
     gpu: str = sender.options.get("gpu") or "none"
-    settings: Settings = app.conf.tidegate
+    settings: Settings = app.tidegate
     group: str = sender.options.get("group") or settings.group
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if gpu == "none" else gpu
     host = socket.gethostname()
@@ -103,7 +103,7 @@ class BatchLane(bootsteps.StartStopStep):  # type: ignore[misc]
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
     def __init__(self, c: Any, **options: Any):
-        settings: Settings = c.app.conf.tidegate
+        settings: Settings = c.app.tidegate
         self._slots = settings.batch_slots
         self._consumer: Consumer | None = None
         c.initial_prefetch_count = settings.realtime_slots

@@ -38,7 +38,7 @@ def gateway(env: Mapping[str, str], port: int) -> Process:
         after=(*STORES, *SETUP),
         # First to stop: it may still be waiting for answers that the worker has to give.
         tier=2,
-        stop_timeout=15.0,
+        stop_timeout=32.0,
         # "Quick": takes its own processes with it and waits for no client.
         orphan_signal=signal.SIGQUIT,
     )

@@ -63,6 +63,14 @@ def infer(server: Http, deadline: float = 2) -> Reply:
     return server("POST", IDENTITY, ints(1), {"Tidegate-Deadline": str(deadline)})
 
 
+def started(server: Http, request: dict[str, Any]) -> dict[str, Any]:
+    """A job of the model `identity` that somebody runs."""
+    job: dict[str, Any] = server.post("/v1/jobs", {"model": "identity", "input": request}).json()
+    path = job["urls"]["self"]
+    until(lambda: server.get(path).json()["status"], 10, lambda status: status == "running")
+    return job
+
+
 def works_again(server: Http, seconds: float = 30) -> None:
     reply = until(lambda: infer(server), seconds, lambda reply: reply.status == 200)
     assert answered_ints(reply.json()) == [1]
@@ -84,40 +92,30 @@ def refused(reply: Reply) -> bool:
     return True
 
 
-def test_without_triton_requests_are_refused_and_afterwards_answered(
+def test_without_triton_requests_are_refused_and_what_was_accepted_waits_for_it(
     own: Stack, server: Http
 ) -> None:
     works_again(server)
     survivors = family(own, "gateway", "worker")
+    job = started(server, ints(5, delay_ms=1500))
     with without(own, "triton", killed=True):
         until(lambda: infer(server), 10, refused)
         until(lambda: server.get("/v2/health/ready").status, 10, lambda status: status == 400)
         assert server.get("/livez").status == 200
+        assert server.get(job["urls"]["self"]).json()["status"] in ("queued", "running")
     works_again(server)
 
     assert server.get("/v2/models/digits/ready").status == 200
+    assert ended(server, job["id"], 30)["status"] == "succeeded"
+    assert answered_ints(server.get(job["urls"]["result"]).json()) == [5]
     assert family(own, "gateway", "worker") == survivors
-
-
-def test_a_job_accepted_before_triton_died_completes_after_it_is_back(
-    own: Stack, server: Http
-) -> None:
-    job = server.post("/v1/jobs", {"model": "identity", "input": ints(1, delay_ms=1500)}).json()
-    until(lambda: server.get(job["urls"]["self"]).json()["status"] == "running", 10)
-    with without(own, "triton", killed=True):
-        until(lambda: infer(server), 10, refused)
-    done = ended(server, job["id"], 30)
-
-    assert done["status"] == "succeeded"
-    assert answered_ints(server.get(job["urls"]["result"]).json()) == [1]
 
 
 def test_without_a_worker_requests_are_refused_and_jobs_wait_for_it(
     own: Stack, server: Http
 ) -> None:
     works_again(server)
-    held = server.post("/v1/jobs", {"model": "identity", "input": ints(6, delay_ms=1000)}).json()
-    until(lambda: server.get(held["urls"]["self"]).json()["status"] == "running", 10)
+    held = started(server, ints(6, delay_ms=1000))
     with without(own, "worker", killed=True):
         until(lambda: infer(server, 0.5), PRESENCE, refused)
         unready = until(lambda: server.get("/readyz"), 5, lambda reply: reply.status == 503)
@@ -137,12 +135,27 @@ def test_without_a_worker_requests_are_refused_and_jobs_wait_for_it(
     assert answered_ints(server.get(held["urls"]["result"]).json()) == [6]
 
 
+def test_a_job_called_off_frees_the_model(own: Stack, server: Http) -> None:
+    triton = Http(own.env["TIDEGATE_TRITON_HTTP_URL"])
+
+    def ended_requests() -> int:
+        (model,) = triton.get("/v2/models/identity/stats").json()["model_stats"]
+        counts = model["inference_stats"]
+        return int(counts["success"]["count"] + counts["fail"]["count"])
+
+    works_again(server)
+    before = ended_requests()
+    job = started(server, ints(1, delay_ms=60_000))
+    assert server.post(job["urls"]["cancel"]).status == 202
+
+    until(lambda: ended_requests() > before, 15)
+
+
 def test_a_worker_that_stops_in_order_is_missed_at_once_and_hands_over_its_work(
     own: Stack, server: Http
 ) -> None:
     works_again(server)
-    job = server.post("/v1/jobs", {"model": "identity", "input": ints(1, delay_ms=500)}).json()
-    until(lambda: server.get(job["urls"]["self"]).json()["status"] == "running", 10)
+    job = started(server, ints(1, delay_ms=500))
     with without(own, "worker"):
         # It said goodbye; nobody waited for its silence, and it ended what it ran.
         assert server.get(job["urls"]["self"]).json()["status"] == "succeeded"

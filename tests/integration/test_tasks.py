@@ -390,7 +390,7 @@ def test_no_message_is_larger_than_we_promise(worker: Worker) -> None:
         version="9" * 18,
     )
     redis = worker.services.state._redis
-    prefix = f"{current_app.conf.tidegate.namespace}:"
+    prefix = f"{current_app.tidegate.namespace}:"
     stored = [text for name in (queue, batch) for text in redis.lrange(prefix + name, 0, -1)]
     assert len(stored) == 3
     assert max(map(len, stored)) <= messages.MAX_BYTES
