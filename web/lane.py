@@ -122,6 +122,7 @@ class Coalescer:
         *,
         window: int,
         max_items: int,
+        patience: float = PATIENCE,
         clock: Callable[[], float] = time.monotonic,
         send: Callable[..., None] = messages.send,
     ):
@@ -130,6 +131,7 @@ class Coalescer:
         self._replies = replies
         self._window = window
         self._max_items = max_items
+        self._patience = patience
         self._clock = clock
         self._send = send
         self._queue: deque[_Waiting] = deque()
@@ -156,7 +158,8 @@ class Coalescer:
         while True:
             with self._changed:
                 while not (self._queue and self._has_room()):
-                    self._changed.wait(timeout=PATIENCE if self._queue else None)
+                    # Not for ever: a message in flight may end without an answer.
+                    self._changed.wait(timeout=min(self._patience, 0.5) if self._queue else None)
                 batch = self._take()
             if batch:
                 try:
@@ -175,7 +178,7 @@ class Coalescer:
         for message in [name for name, until in self._flying.items() if until <= now]:
             self._land(message)
         return len(self._flying) < self._window or (
-            len(self._flying) < MAX_FLYING and now - self._sent >= PATIENCE
+            len(self._flying) < MAX_FLYING and now - self._sent >= self._patience
         )
 
     def _take(self) -> list[_Waiting]:

@@ -16,7 +16,6 @@ from errors import (
     BadBody,
     BadRequest,
     ModelNotFound,
-    ModelNotReady,
     NotFound,
     TidegateError,
     TooLarge,
@@ -177,7 +176,7 @@ def _realtime(
     except TidegateError as error:
         outcome = error
     failed = outcome if isinstance(outcome, TidegateError) else None
-    if isinstance(failed, NotFound | ModelNotReady):
+    if isinstance(failed, NotFound):
         found.catalog.forget(asked.model, asked.version)
     found.recorder.add(
         Record(

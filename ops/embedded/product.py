@@ -79,7 +79,8 @@ def flower(env: Mapping[str, str], port: int, user: str, password: str) -> Proce
         _python("celery", "-A", "workers", "flower", f"--address={HOST}", f"--port={port}"),
         {**env, "FLOWER_BASIC_AUTH": f"{user}:{password}"},
         ready=lambda: probes.expect(f"http://{HOST}:{port}/", 401),
-        after=("redis",),
+        # It asks who the workers are once, when it starts; the gateway is ready when they are.
+        after=("gateway",),
         tier=2,
         stop_timeout=5.0,
     )

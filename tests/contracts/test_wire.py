@@ -14,7 +14,18 @@ from typing import Any
 import pytest
 
 from ops.embedded import Stack
-from tests.e2e.helpers import IDENTITY, Http, Reply, answered_ints, ended, ints, receive, until
+from tests.e2e.helpers import (
+    IDENTITY,
+    Http,
+    Reply,
+    answered_ints,
+    batch_line,
+    ended,
+    ints,
+    receive,
+    until,
+    upload,
+)
 
 pytestmark = pytest.mark.stack
 
@@ -284,18 +295,6 @@ PAGE: Shape = {
 }
 
 
-def upload(server: Http, data: str) -> dict[str, Any]:
-    parts = "".join(
-        f'--x\r\nContent-Disposition: form-data; name="{name}\r\n\r\n{value}\r\n'
-        for name, value in (('purpose"', "batch"), ('file"; filename="in.jsonl"', data))
-    )
-    headers = {"Content-Type": "multipart/form-data; boundary=x"}
-    reply = server("POST", "/v1/files", f"{parts}--x--\r\n".encode(), headers)
-    assert reply.status == 200, reply
-    file: dict[str, Any] = reply.json()
-    return file
-
-
 def run_batch(server: Http, data: str) -> dict[str, Any]:
     asked = {
         "input_file_id": upload(server, data)["id"],
@@ -316,10 +315,6 @@ def run_batch(server: Http, data: str) -> dict[str, Any]:
     return batch
 
 
-def line(custom_id: str, body: object) -> str:
-    return json.dumps({"custom_id": custom_id, "method": "POST", "url": IDENTITY, "body": body})
-
-
 def test_a_file_has_openais_shape(server: Http) -> None:
     made = upload(server, "{}")
     matches(made, FILE)
@@ -335,7 +330,9 @@ def test_a_file_has_openais_shape(server: Http) -> None:
 
 
 def test_a_batch_has_openais_shape_whatever_became_of_it(server: Http) -> None:
-    done = run_batch(server, f"{line('good', ints(1))}\n{line('bad', ints(1, fail='x'))}\n?")
+    done = run_batch(
+        server, f"{batch_line('good', ints(1))}\n{batch_line('bad', ints(1, fail='x'))}\n?"
+    )
     failed = run_batch(server, "?")
 
     for batch in (done, failed):
@@ -352,7 +349,9 @@ def test_a_batch_has_openais_shape_whatever_became_of_it(server: Http) -> None:
 
 
 def test_lines_of_a_batchs_files_have_openais_shape(server: Http) -> None:
-    done = run_batch(server, f"{line('good', ints(1))}\n{line('bad', ints(1, fail='x'))}\n?")
+    done = run_batch(
+        server, f"{batch_line('good', ints(1))}\n{batch_line('bad', ints(1, fail='x'))}\n?"
+    )
     contents = {
         name: server.get(f"/v1/files/{done[name]}/content", Accept="application/binary")
         for name in ("output_file_id", "error_file_id")
@@ -376,7 +375,7 @@ def test_lines_of_a_batchs_files_have_openais_shape(server: Http) -> None:
 
 def test_cancelling_needs_no_body(server: Http) -> None:
     asked = {
-        "input_file_id": upload(server, line("one", ints(1, delay_ms=500)))["id"],
+        "input_file_id": upload(server, batch_line("one", ints(1, delay_ms=500)))["id"],
         "endpoint": IDENTITY,
         "completion_window": "24h",
     }

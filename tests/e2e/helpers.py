@@ -147,6 +147,38 @@ IDENTITY = "/v2/models/identity/infer"
 DIGITS = "/v2/models/digits/infer"
 
 
+# Files and batches, without an SDK
+
+_FORM = """--x\r
+Content-Disposition: form-data; name="purpose"\r
+\r
+batch\r
+--x\r
+Content-Disposition: form-data; name="file"; filename="in.jsonl"\r
+\r
+{}\r
+--x--\r
+"""
+
+
+def upload(server: Http, *lines: str) -> dict[str, Any]:
+    """A file of these lines."""
+    reply = server(
+        "POST",
+        "/v1/files",
+        _FORM.format("\n".join(lines)).encode(),
+        {"Content-Type": "multipart/form-data; boundary=x"},
+    )
+    assert reply.status == 200, reply
+    file: dict[str, Any] = reply.json()
+    return file
+
+
+def batch_line(custom_id: str | None, body: object, url: str = IDENTITY, **fields: object) -> str:
+    """A line of a batch's file."""
+    return json.dumps({"custom_id": custom_id, "method": "POST", "url": url, "body": body} | fields)
+
+
 # What reached the models
 
 

@@ -236,7 +236,7 @@ MODELS = {
         ("identity/versions/77", "77"),
         ("identity/versions/latest", "latest"),
         ("identity/versions/-1", "-1"),
-        ("identity%00", "name"),
+        ("identity%00", ""),
         ("..%2Fdigits", "not found"),
     )
 }

@@ -17,7 +17,7 @@ import pytest
 from openai.types import Batch, FileObject
 
 from config import MIB
-from tests.e2e.helpers import DIGITS, IDENTITY, Http, ints, receive, tensor, until
+from tests.e2e.helpers import DIGITS, IDENTITY, Http, batch_line, ints, receive, tensor, until
 
 pytestmark = pytest.mark.stack
 
@@ -42,10 +42,6 @@ def fresh(new_tenant: Any) -> Iterator[openai.OpenAI]:
     """A client for a tenant that has nothing yet."""
     with sdk(new_tenant()) as made:
         yield made
-
-
-def line(custom_id: str | None, body: object, url: str = IDENTITY, **fields: object) -> str:
-    return json.dumps({"custom_id": custom_id, "method": "POST", "url": url, "body": body} | fields)
 
 
 def upload(client: openai.OpenAI, *lines: str) -> FileObject:
@@ -174,7 +170,7 @@ def test_every_line_is_answered_once_as_the_model_answers_it(
     file = upload(
         client,
         *(
-            line(f"digit {n}", {"inputs": [tensor("image", "FP32", row.tolist())]}, DIGITS)
+            batch_line(f"digit {n}", {"inputs": [tensor("image", "FP32", row.tolist())]}, DIGITS)
             for n, row in enumerate(pixels)
         ),
     )
@@ -226,20 +222,20 @@ def test_every_line_is_answered_once_as_the_model_answers_it(
 def test_lines_that_are_wrong_are_named_in_the_error_file(client: openai.OpenAI) -> None:
     wrong_tensor = {"inputs": [tensor("INTS", "INT64", [1, 2], [1, 1])]}
     given = {
-        1: line("good", ints(1)),
+        1: batch_line("good", ints(1)),
         2: "garbage",
         3: '["no", "object"]',
-        4: line("elsewhere", ints(1), url="/v2/models/digits/infer"),
-        5: line("other method", ints(1), method="GET"),
-        6: line(None, ints(1)),
-        7: line("", ints(1)),
-        8: line("good", ints(2)),
-        9: line("wrong tensor", wrong_tensor),
-        10: line("unknown tensor", {"inputs": [tensor("OTHER", "INT64", [1])]}),
-        11: line("no body", None),
+        4: batch_line("elsewhere", ints(1), url="/v2/models/digits/infer"),
+        5: batch_line("other method", ints(1), method="GET"),
+        6: batch_line(None, ints(1)),
+        7: batch_line("", ints(1)),
+        8: batch_line("good", ints(2)),
+        9: batch_line("wrong tensor", wrong_tensor),
+        10: batch_line("unknown tensor", {"inputs": [tensor("OTHER", "INT64", [1])]}),
+        11: batch_line("no body", None),
         12: "",
-        13: line("unlucky", ints(1, fail="out of luck")),
-        14: line("also good", ints(14)),
+        13: batch_line("unlucky", ints(1, fail="out of luck")),
+        14: batch_line("also good", ints(14)),
     }
     done = finished(client, start(client, upload(client, *given.values()).id))
     outputs, errors = (lines_of(client, file) for file in (done.output_file_id, done.error_file_id))
@@ -283,7 +279,7 @@ def test_lines_that_are_wrong_are_named_in_the_error_file(client: openai.OpenAI)
 def test_a_batch_of_which_nothing_is_good_completes_with_errors_only(
     client: openai.OpenAI,
 ) -> None:
-    file = upload(client, *(line(f"{n}", ints(n, fail="x")) for n in range(3)))
+    file = upload(client, *(batch_line(f"{n}", ints(n, fail="x")) for n in range(3)))
     done = finished(client, start(client, file.id))
 
     assert (done.status, done.output_file_id) == ("completed", None)
@@ -293,7 +289,7 @@ def test_a_batch_of_which_nothing_is_good_completes_with_errors_only(
 
 def test_a_batch_of_one_version_runs_it(client: openai.OpenAI) -> None:
     endpoint = "/v2/models/identity/versions/1/infer"
-    file = upload(client, line("one", ints(1), url=endpoint))
+    file = upload(client, batch_line("one", ints(1), url=endpoint))
     done = finished(client, start(client, file.id, endpoint))
 
     assert counts(done) == (1, 1, 0)
@@ -302,7 +298,7 @@ def test_a_batch_of_one_version_runs_it(client: openai.OpenAI) -> None:
 
 
 def test_the_files_of_a_batch_are_listed_as_its_output(fresh: openai.OpenAI) -> None:
-    file = upload(fresh, line("good", ints(1)), line("bad", ints(1, fail="x")))
+    file = upload(fresh, batch_line("good", ints(1)), batch_line("bad", ints(1, fail="x")))
     done = finished(fresh, start(fresh, file.id))
     produced = list(fresh.files.list(purpose="batch_output"))
 
@@ -312,7 +308,7 @@ def test_the_files_of_a_batch_are_listed_as_its_output(fresh: openai.OpenAI) -> 
 
 
 def test_a_batch_is_a_job_too(client: openai.OpenAI, mine: Http) -> None:
-    done = finished(client, start(client, upload(client, line("one", ints(1))).id))
+    done = finished(client, start(client, upload(client, batch_line("one", ints(1))).id))
     jobs = mine.get("/v1/jobs?kind=batch&limit=100").json()["data"]
     (job,) = (one for one in jobs if one["urls"]["batch"] == f"/v1/batches/{done.id}")
 
@@ -322,7 +318,7 @@ def test_a_batch_is_a_job_too(client: openai.OpenAI, mine: Http) -> None:
 
 
 def test_a_batch_goes_on_where_its_file_is_deleted(client: openai.OpenAI) -> None:
-    file = upload(client, *(line(f"{n}", ints(n, delay_ms=300)) for n in range(3)))
+    file = upload(client, *(batch_line(f"{n}", ints(n, delay_ms=300)) for n in range(3)))
     batch = start(client, file.id)
     client.files.delete(file.id)
     done = finished(client, batch)
@@ -368,7 +364,7 @@ def test_a_batch_over_an_unknown_file_is_refused(client: openai.OpenAI) -> None:
 
 
 def test_a_batch_over_a_file_of_another_purpose_is_refused(client: openai.OpenAI) -> None:
-    done = finished(client, start(client, upload(client, line("one", ints(1))).id))
+    done = finished(client, start(client, upload(client, batch_line("one", ints(1))).id))
     assert done.output_file_id is not None
     with pytest.raises(openai.BadRequestError) as caught:
         start(client, done.output_file_id)
@@ -380,7 +376,7 @@ def test_a_batch_over_a_file_of_another_purpose_is_refused(client: openai.OpenAI
     "endpoint", ["/v1/chat/completions", "/v2/models//infer", "/v2/models/identity", ""]
 )
 def test_a_batch_to_another_endpoint_is_refused(client: openai.OpenAI, endpoint: str) -> None:
-    file = upload(client, line("one", ints(1)))
+    file = upload(client, batch_line("one", ints(1)))
     with pytest.raises(openai.BadRequestError) as caught:
         start(client, file.id, endpoint)
 
@@ -388,7 +384,7 @@ def test_a_batch_to_another_endpoint_is_refused(client: openai.OpenAI, endpoint:
 
 
 def test_a_batch_for_an_unknown_model_is_refused(client: openai.OpenAI) -> None:
-    file = upload(client, line("one", ints(1)))
+    file = upload(client, batch_line("one", ints(1)))
     with pytest.raises(openai.NotFoundError) as caught:
         start(client, file.id, "/v2/models/nobody/infer")
 
@@ -409,7 +405,7 @@ def test_a_batch_for_an_unknown_model_is_refused(client: openai.OpenAI) -> None:
 def test_a_batch_asked_for_in_the_wrong_words_is_refused(
     client: openai.OpenAI, field: str, value: object
 ) -> None:
-    file = upload(client, line("one", ints(1)))
+    file = upload(client, batch_line("one", ints(1)))
     asked: dict[str, Any] = {"input_file_id": file.id, "endpoint": IDENTITY}
     with pytest.raises(openai.BadRequestError) as caught:
         client.batches.create(**asked, completion_window="24h", extra_body={field: value})
@@ -428,8 +424,8 @@ def test_a_batch_nobody_made_is_not_found(client: openai.OpenAI, name: str) -> N
 
 
 def test_a_batch_called_off_keeps_what_was_answered(client: openai.OpenAI) -> None:
-    quick = [line(f"quick {n}", ints(n)) for n in range(CHUNK)]
-    slow = [line(f"slow {n}", ints(n, delay_ms=2000)) for n in range(8)]
+    quick = [batch_line(f"quick {n}", ints(n)) for n in range(CHUNK)]
+    slow = [batch_line(f"slow {n}", ints(n, delay_ms=2000)) for n in range(8)]
     batch = start(client, upload(client, *quick, *slow).id)
     until(lambda: counts(client.batches.retrieve(batch.id))[1] == CHUNK, 20)
 
@@ -452,7 +448,7 @@ def test_a_batch_called_off_keeps_what_was_answered(client: openai.OpenAI) -> No
 
 
 def test_a_batch_that_has_ended_cannot_be_called_off(client: openai.OpenAI) -> None:
-    done = finished(client, start(client, upload(client, line("one", ints(1))).id))
+    done = finished(client, start(client, upload(client, batch_line("one", ints(1))).id))
     with pytest.raises(openai.ConflictError, match="completed"):
         client.batches.cancel(done.id)
 
@@ -462,8 +458,8 @@ def test_a_batch_that_has_ended_cannot_be_called_off(client: openai.OpenAI) -> N
 def test_a_batch_whose_window_ends_expires_and_keeps_what_was_answered(
     client: openai.OpenAI,
 ) -> None:
-    quick = [line(f"quick {n}", ints(n)) for n in range(CHUNK)]
-    slow = line("slow", ints(0, delay_ms=20_000))
+    quick = [batch_line(f"quick {n}", ints(n)) for n in range(CHUNK)]
+    slow = batch_line("slow", ints(0, delay_ms=20_000))
     file = upload(client, *quick, slow)
     batch = client.batches.create(
         input_file_id=file.id,
@@ -483,7 +479,7 @@ def test_a_batch_whose_window_ends_expires_and_keeps_what_was_answered(
 
 
 def test_lists_of_batches_are_paged(fresh: openai.OpenAI) -> None:
-    file = upload(fresh, line("one", ints(1)))
+    file = upload(fresh, batch_line("one", ints(1)))
     made = [start(fresh, file.id).id for _ in range(5)]
 
     assert [batch.id for batch in fresh.batches.list(limit=2)] == made[::-1]
@@ -495,7 +491,7 @@ def test_lists_of_batches_are_paged(fresh: openai.OpenAI) -> None:
 
 
 def test_another_tenant_finds_nothing(client: openai.OpenAI, stranger: Http) -> None:
-    file = upload(client, line("one", ints(1)))
+    file = upload(client, batch_line("one", ints(1)))
     done = finished(client, start(client, file.id))
     assert done.output_file_id is not None
     with sdk(stranger) as other:

@@ -36,12 +36,14 @@ from tests.e2e.helpers import (
     IDENTITY,
     Http,
     Witness,
+    batch_line,
     ended,
     flower,
     ints,
     tensor,
     together,
     until,
+    upload,
 )
 
 pytestmark = pytest.mark.stack
@@ -254,7 +256,7 @@ def test_tensors_are_in_no_log_no_message_and_not_in_flower(
         job = gateway.post("/v1/jobs", {"model": "identity", "input": text}).json()
         assert ended(gateway, job["id"])["status"] == "succeeded"
         stray = json.dumps({"custom_id": "stray", "url": canary})
-        batch = batch_of(gateway, [stray, canary, line(text)])
+        batch = batch_of(gateway, stray, canary, batch_line("good", text))
         until(
             lambda: gateway.get(f"/v1/batches/{batch}").json()["status"],
             20,
@@ -278,26 +280,10 @@ def test_tensors_are_in_no_log_no_message_and_not_in_flower(
     assert [name for name, text in logs(stack).items() if canary in text] == []
 
 
-def line(body: object) -> str:
-    return json.dumps({"custom_id": "ok", "method": "POST", "url": IDENTITY, "body": body})
-
-
-def batch_of(server: Http, lines: list[str]) -> str:
-    """Uploads a file and runs a batch over it, without an SDK."""
-    purpose, upload = (
-        f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
-        for name, value in (
-            ("purpose", "batch"),
-            ('file"; filename="in.jsonl', "\n".join(lines)),
-        )
-    )
-    file = server(
-        "POST",
-        "/v1/files",
-        f"{purpose}{upload}--x--\r\n".encode(),
-        {"Content-Type": "multipart/form-data; boundary=x"},
-    )
-    asked = {"input_file_id": file.json()["id"], "endpoint": IDENTITY, "completion_window": "1h"}
+def batch_of(server: Http, *lines: str) -> str:
+    """A batch over these lines."""
+    file = upload(server, *lines)["id"]
+    asked = {"input_file_id": file, "endpoint": IDENTITY, "completion_window": "1h"}
     batch: str = server.post("/v1/batches", asked).json()["id"]
     return batch
 

@@ -95,6 +95,12 @@ def listening(tree: list[psutil.Process]) -> set[int]:
     }
 
 
+def shared_memory(tree: list[psutil.Process]) -> set[Path]:
+    """The named regions that these processes share."""
+    mapped = {Path(region.path) for one in tree for region in one.memory_maps()}
+    return {path for path in mapped if path.parent == SHARED_MEMORY}
+
+
 def answers(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(2)
@@ -113,19 +119,19 @@ class Ended:
     processes: list[str]
     ports: set[int]
     ports_left: set[int]
-    shared_memory_left: set[str]
+    shared_memory: set[Path]
+    shared_memory_left: set[Path]
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Ended:
     """The first run: one job, then SIGTERM."""
     var = tmp_path_factory.mktemp("terminal") / "var"
-    shared = {path.name for path in SHARED_MEMORY.iterdir()}
     with up(var, root) as running:
         job = running.server.post("/v1/jobs", {"model": "identity", "input": ints(4, 2)}).json()
         job = ended(running.server, job["id"])
         tree = running.tree()
-        ports = listening(tree)
+        ports, regions = listening(tree), shared_memory(tree)
         running.process.send_signal(signal.SIGTERM)
         status = running.process.wait(timeout=60)
         return Ended(
@@ -137,7 +143,8 @@ def first(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Ended:
             processes=left(tree),
             ports=ports,
             ports_left={port for port in ports if answers(port)},
-            shared_memory_left={path.name for path in SHARED_MEMORY.iterdir()} - shared,
+            shared_memory=regions,
+            shared_memory_left={region for region in regions if region.exists()},
         )
 
 
@@ -153,7 +160,8 @@ def test_one_signal_stops_everything(first: Ended) -> None:
     assert first.processes == []
     assert len(first.ports) >= 7
     assert first.ports_left == set()
-    assert {name for name in first.shared_memory_left if name.startswith("tidegate-")} == set()
+    assert first.shared_memory
+    assert first.shared_memory_left == set()
 
 
 def test_nothing_had_to_be_killed(first: Ended) -> None:

@@ -25,7 +25,7 @@ from storage.work import Hint, NewBatch, NewJob
 from tasks import bootstrap, messages
 from tasks.bootstrap import WorkerServices, build_worker_services
 from tasks.chunks import run_chunks
-from tasks.pump import Pump
+from tasks.pump import Pump, publish
 from tasks.realtime import run_query, run_realtime
 from workers.app import build_app
 
@@ -180,6 +180,62 @@ def test_a_job_the_model_fails_at_fails_alone_and_with_the_models_words(worker: 
     row = worker.row(bad)
     assert (row.state, row.error["code"]) == ("failed", ModelFailed.code)
     assert "no threes" in row.error["message"]
+
+
+def test_a_job_whose_input_is_gone_fails_alone(worker: Worker) -> None:
+    good = [worker.submit(ints(n)) for n in range(3)]
+    bad = worker.submit(ints(9))
+    with worker.services.database.transaction() as connection:
+        connection.exec_driver_sql(
+            "UPDATE jobs SET input = NULL, input_key = 'nothing/there' WHERE id = %s", (bad,)
+        )
+    worker.work()
+    assert [worker.row(job).state for job in good] == ["succeeded"] * 3
+    row = worker.row(bad)
+    assert (row.state, row.error["code"]) == ("failed", "gone")
+
+
+def test_a_job_the_database_cannot_keep_fails_alone(worker: Worker) -> None:
+    good, bad = worker.submit(ints(1)), worker.submit(ints(2, fail="a NUL: \0"))
+    worker.work()
+    assert (worker.row(good).state, worker.row(bad).state) == ("succeeded", "failed")
+
+
+def test_a_line_whose_answer_has_no_form_in_json_fails_alone(worker: Worker) -> None:
+    lines = [line(n) for n in range(1, 5)]
+    lines[1]["body"]["inputs"] = [
+        {"name": "TEXT", "shape": [1, 1], "datatype": "BYTES", "data": ["fine"]}
+    ]
+    worker.fake.script("identity", [])
+    job = worker.batch(lines)
+    run_chunks.apply(kwargs={"ids": worker.release()}, throw=True)
+    with pytest.MonkeyPatch.context() as patch:
+        infer_many = worker.services.server.infer_many
+
+        def spoilt(requests: Any, *args: Any, **kwargs: Any) -> Any:
+            outcomes = infer_many(requests, *args, **kwargs)
+            bad = Tensor("TEXT_OUT", "BYTES", (1, 1), b"\x02\0\0\0\xff\xfe")
+            return [
+                replace(one, outputs=(bad,))
+                if isinstance(one, InferResult) and one.outputs[0].datatype == "BYTES"
+                else one
+                for one in outcomes
+            ]
+
+        patch.setattr(worker.services.server, "infer_many", spoilt)
+        worker.work()
+    row = worker.row(job)
+    assert (row.state, row.items_ok, row.items_failed) == ("succeeded", 3, 1)
+    (failed,) = worker.file(row.error_file_id)
+    assert failed["custom_id"] == "row-2"
+    assert "binary" in failed["response"]["body"]["error"]
+
+
+def test_a_hint_for_a_group_of_somebody_elses_is_sent_too(worker: Worker) -> None:
+    publish(Hint("elsewhere", "m", "", (1, 2)))
+    name = f"{current_app.tidegate.namespace}:{messages.batch_queue('elsewhere')}"
+    assert worker.services.state._redis.llen(name) == 1
+    worker.services.state._redis.delete(name)
 
 
 def test_a_triton_that_is_away_costs_no_attempt(worker: Worker) -> None:

@@ -139,6 +139,7 @@ def test_a_custom_id_given_twice_is_noticed_across_chunks() -> None:
         ([b"", b"  "], "empty_file", None),
         ([b"\x89PNG", b"\x00\x01"], "invalid_json", 1),
         ([line(number) for number in range(1, 102)], "too_many_lines", 101),
+        ([line(1), *[b"x"] * 100], "too_many_lines", 101),
     ],
 )
 def test_a_file_that_cannot_be_used_says_why(

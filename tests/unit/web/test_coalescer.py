@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from errors import Unavailable
+from errors import TidegateError, Unavailable
 from inference import frames
 from inference.tensors import InferRequest, InferResult, Tensor
-from web.lane import MAX_WAITING, Answer, Coalescer, _Waiting
+from web.lane import MAX_WAITING, MAX_WAITING_BYTES, Answer, Coalescer, _Waiting
 
 
 class Broker:
@@ -61,13 +61,16 @@ def broker() -> Broker:
     return Broker()
 
 
-def coalescer(broker: Broker, window: int = 1, max_items: int = 8) -> Coalescer:
+def coalescer(
+    broker: Broker, window: int = 1, max_items: int = 8, patience: float = 3600
+) -> Coalescer:
     return Coalescer(
         "g",
         broker,  # type: ignore[arg-type]
         broker,  # type: ignore[arg-type]
         window=window,
         max_items=max_items,
+        patience=patience,
         send=broker.send,
     )
 
@@ -84,8 +87,8 @@ def submit(to: Coalescer, count: int = 1, timeout: float = 30) -> list[Future[An
 
 
 def test_an_idle_lane_sends_at_once(broker: Broker) -> None:
-    lane = coalescer(broker)
-    (answer,) = submit(lane)
+    to = coalescer(broker)
+    (answer,) = submit(to)
     message = broker.next()
     assert broker.size(message) == 1
     broker.answer(message)
@@ -93,10 +96,10 @@ def test_an_idle_lane_sends_at_once(broker: Broker) -> None:
 
 
 def test_what_arrives_while_the_window_is_full_travels_together(broker: Broker) -> None:
-    lane = coalescer(broker)
-    submit(lane)
+    to = coalescer(broker)
+    submit(to)
     first = broker.next()
-    answers = submit(lane, 5)
+    answers = submit(to, 5)
     broker.answer(first)
     second = broker.next()
     assert broker.size(second) == 5
@@ -105,10 +108,10 @@ def test_what_arrives_while_the_window_is_full_travels_together(broker: Broker) 
 
 
 def test_a_message_holds_no_more_than_its_share(broker: Broker) -> None:
-    lane = coalescer(broker, max_items=4)
-    submit(lane)
+    to = coalescer(broker, max_items=4)
+    submit(to)
     first = broker.next()
-    submit(lane, 6)
+    submit(to, 6)
     broker.answer(first)
     second = broker.next()
     assert broker.size(second) == 4
@@ -117,11 +120,11 @@ def test_a_message_holds_no_more_than_its_share(broker: Broker) -> None:
 
 
 def test_a_request_whose_deadline_passed_while_it_waited_is_not_sent(broker: Broker) -> None:
-    lane = coalescer(broker)
-    submit(lane)
+    to = coalescer(broker)
+    submit(to)
     first = broker.next()
-    submit(lane, timeout=-1)
-    (alive,) = submit(lane)
+    submit(to, timeout=-1)
+    (alive,) = submit(to)
     broker.answer(first)
     second = broker.next()
     assert broker.size(second) == 1
@@ -130,27 +133,78 @@ def test_a_request_whose_deadline_passed_while_it_waited_is_not_sent(broker: Bro
 
 
 def test_a_message_never_answered_gives_its_place_back_at_its_deadline(broker: Broker) -> None:
-    lane = coalescer(broker)
-    submit(lane, timeout=0.05)
+    to = coalescer(broker)
+    submit(to, timeout=0.05)
     broker.next()
-    submit(lane)
+    submit(to)
     assert broker.size(broker.next()) == 1
 
 
 def test_when_the_broker_is_down_everybody_in_the_message_hears_it(broker: Broker) -> None:
-    lane = coalescer(broker)
+    to = coalescer(broker)
     broker.down = True
-    (answer,) = submit(lane)
+    (answer,) = submit(to)
     assert isinstance(answer.result(5).outcome, Unavailable)
     broker.down = False
-    submit(lane)
+    submit(to)
     assert broker.next()
 
 
 def test_too_many_waiting_requests_are_refused_at_once(broker: Broker) -> None:
-    lane = coalescer(broker)
-    submit(lane)
+    to = coalescer(broker)
+    submit(to)
     broker.next()
-    submit(lane, MAX_WAITING)
+    submit(to, MAX_WAITING)
     with pytest.raises(Unavailable):
-        submit(lane)
+        submit(to)
+
+
+def test_a_publish_that_failed_but_arrived_is_answered_once_and_the_lane_goes_on(
+    broker: Broker,
+) -> None:
+    to = coalescer(broker)
+    send = broker.send
+
+    def arrives_and_fails(*args: Any, **kwargs: Any) -> None:
+        send(*args, **kwargs)
+        broker.answer(broker.sent[-1])
+        raise OSError("the connection broke after the push")
+
+    to._send = arrives_and_fails
+    (first,) = submit(to)
+    assert isinstance(first.result(5).outcome, InferResult)
+    to._send = send
+    broker.next()
+    (second,) = submit(to)
+    broker.answer(broker.next())
+    assert isinstance(second.result(5).outcome, InferResult)
+
+
+def test_a_worker_that_answers_another_number_of_requests_leaves_nobody_waiting(
+    broker: Broker,
+) -> None:
+    to = coalescer(broker)
+    (answer,) = submit(to)
+    message = broker.next()
+    broker.expected[bytes.fromhex(message["message"])](frames.encode_outcomes([]))
+    assert isinstance(answer.result(5).outcome, TidegateError)
+
+
+def test_slow_requests_do_not_hold_up_the_next_ones(broker: Broker) -> None:
+    to = coalescer(broker, window=2, patience=0.02)
+    for _ in range(2):
+        submit(to)
+        broker.next()
+    (quick,) = submit(to)
+    broker.answer(broker.next())
+    assert isinstance(quick.result(5).outcome, InferResult)
+
+
+def test_what_waits_is_bounded_in_bytes_too(broker: Broker) -> None:
+    to = coalescer(broker)
+    submit(to)
+    broker.next()
+    big = _Waiting(InferRequest("m", "", (), (), {}, ""), MAX_WAITING_BYTES, time.monotonic() + 9)
+    to.submit(big)
+    with pytest.raises(Unavailable):
+        to.submit(big)

@@ -1,0 +1,90 @@
+"""What hangs is not what dies: stopped processes, requests that outlast their gateway."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ops.embedded import Stack
+from tests.e2e.helpers import Http, ints, until
+
+pytestmark = pytest.mark.stack
+IDENTITY = "/v2/models/identity/infer"
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A stack that may be hurt, whose gateway asks for keys often."""
+    var: Path = tmp_path_factory.mktemp("stalls") / "var"
+    with Stack(var, environ={**os.environ, "TIDEGATE_KEY_TTL": "0.2"}) as stack:
+        stack.start()
+        yield stack
+
+
+@pytest.fixture
+def server(own: Stack) -> Http:
+    return Http.keyed(own.env["TIDEGATE_URL"], own.env["TIDEGATE_API_KEY"])
+
+
+@contextmanager
+def hanging(stack: Stack, name: str) -> Iterator[None]:
+    """A process, and its children, stopped in the middle of what they do."""
+    top = psutil.Process(stack.pid(name))
+    family = [top, *top.children(recursive=True)]
+    for process in family:
+        process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in family:
+            process.send_signal(signal.SIGCONT)
+
+
+def test_a_postgres_that_hangs_stops_jobs_clearly_and_realtime_not_at_all(
+    own: Stack, server: Http
+) -> None:
+    assert server.post(IDENTITY, ints(1)).status == 200
+    with hanging(own, "postgres"):
+        refused = server.get("/v1/jobs")
+        assert (refused.status, refused.headers["Retry-After"]) == (503, "1")
+        # The key was good a moment ago.
+        assert server.post(IDENTITY, ints(2)).status == 200
+    until(lambda: server.get("/v1/jobs").status, 20, lambda status: status == 200)
+
+    job = {"model": "identity", "input": ints(3)}
+    ended = server.post("/v1/jobs", job, Prefer="wait=30")
+    assert (ended.status, ended.json()["status"]) == (200, "succeeded")
+
+
+def test_who_waits_for_a_job_hears_of_it_when_the_gateway_stops(own: Stack, server: Http) -> None:
+    job = {"model": "identity", "input": ints(4, delay_ms=3000)}
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(partial(server.post, "/v1/jobs", job, Prefer="wait=60"))
+        until(lambda: server.get("/v1/jobs?status=running").json()["data"], 10)
+        own.stop("gateway")
+        reply = waiting.result(60)
+    own.start(only=("gateway",))
+
+    assert reply.status == 202
+    path = reply.headers["Location"]
+    until(lambda: server.get(path).json()["status"], 20, lambda status: status == "succeeded")
+
+
+def test_a_request_in_flight_is_answered_before_the_gateway_stops(own: Stack, server: Http) -> None:
+    assert server.post(IDENTITY, ints(5)).status == 200
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(partial(server.post, IDENTITY, ints(6, delay_ms=1500)))
+        until(lambda: len(server.get("/v1/jobs?limit=1").json()["data"]) == 1, 10)
+        own.stop("gateway")
+        reply = slow.result(60)
+    own.start(only=("gateway",))
+
+    assert reply.status == 200
