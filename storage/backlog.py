@@ -143,6 +143,28 @@ class Backlog:
         with self.database.transaction() as connection:
             return list(connection.execute(_GROUPS).scalars())
 
+    def stranded(self, limit: int = 8) -> list[int]:
+        """Chunks that need no model, and that no GPU worker comes for: nobody has claimed them for
+        as long as a hint may be silent, or their job's deadline has passed."""
+        with self.database.transaction() as connection:
+            return list(
+                connection.execute(
+                    sa.select(_chunks.id)
+                    .join(tables.jobs, _jobs.id == _chunks.job_id)
+                    .where(
+                        _chunks.kind.in_([ChunkKind.PLAN, ChunkKind.FINALIZE]),
+                        _chunks.state.in_([ChunkState.QUEUED, ChunkState.RELEASED]),
+                        _chunks.not_before <= moves.now,
+                        sa.or_(
+                            _chunks.created_at < moves.now - moves.seconds(self.hint_timeout),
+                            _jobs.deadline_at < moves.now,
+                        ),
+                    )
+                    .order_by(_chunks.id)
+                    .limit(limit)
+                ).scalars()
+            )
+
     def sweep(self, limit: int = 500) -> Swept:
         """Find what nobody is working on: expired leases, silent hints, passed deadlines."""
         with self.database.transaction() as connection:

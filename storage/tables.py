@@ -176,6 +176,12 @@ chunks = Table(
         "id",
         postgresql_where=text("state = 'queued'"),
     ),
+    # What the sweeper does where no worker does.
+    Index(
+        "ix_chunks_control",
+        "id",
+        postgresql_where=text("kind IN ('plan', 'finalize') AND state IN ('queued', 'released')"),
+    ),
     # Credit in use, silent hints, expired leases: few rows, whatever the backlog.
     Index(
         "ix_chunks_active",

@@ -1,25 +1,32 @@
 """The sweeper: finds what nobody is working on, and moves work along when no event does.
 
-Any number may run; each sweep takes only rows nobody else has locked.
+Any number may run; each sweep takes only rows nobody else has locked. Where no GPU worker comes for
+a batch that needs none (to be read in, or put together), the sweeper does it: a batch ends by its
+deadline though every worker is gone.
 """
 
 from __future__ import annotations
 
+import functools
 import signal
+import socket
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import structlog
 
 import config
 from errors import Unavailable
+from tasks import batches
 from tasks.bootstrap import Services, build_services
+from tasks.leases import Leases
 from workers import logs
 from workers.app import build_app
 
 log = structlog.get_logger(__name__)
 
-PARTITIONS_EVERY = 3600.0
+PARTITIONS_EVERY = 60.0
 
 
 def sweep(services: Services) -> None:
@@ -38,12 +45,34 @@ def sweep(services: Services) -> None:
         services.pump.pump(group)
 
 
+def finish(services: Services, leases: Leases, worker: str) -> int:
+    """Do what stranded batches need; the number of chunks done."""
+    claims = services.chunks.claim(services.backlog.stranded(), worker)
+    for claim in claims:
+        log.info("stranded", action="sweep.stranded", job=str(claim.job_id), kind=claim.kind.value)
+        with leases.holding([claim]):
+            batches.run_control(services, claim)
+    return len(claims)
+
+
+def _every(seconds: float, stopping: threading.Event, run: Callable[[], object]) -> None:
+    """Run again and again until told to stop; whatever happens, go on."""
+    while not stopping.is_set():
+        try:
+            run()
+        except Unavailable as error:
+            log.warning("not swept", action="sweep.failed", error=error.message)
+        except Exception:
+            log.exception("not swept", action="sweep.failed")
+        stopping.wait(seconds)
+
+
 def main() -> None:
     """Sweep until SIGTERM or Ctrl-C."""
     logs.configure()
     settings = config.settings()
     build_app(settings)
-    services = build_services(settings, pool_size=2)
+    services = build_services(settings, pool_size=4)
     stopping = threading.Event()
 
     def stop(*_: Any) -> None:
@@ -52,19 +81,22 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     log.info("sweeping", action="sweeper.started", every=settings.sweep_interval)
-    until_partitions = 0.0
-    while not stopping.is_set():
-        try:
-            if until_partitions <= 0:
-                services.records.ensure_partitions()
-                until_partitions = PARTITIONS_EVERY
-            sweep(services)
-        except Unavailable as error:
-            log.warning("not swept", action="sweep.failed", error=error.message)
-        except Exception:
-            log.exception("not swept", action="sweep.failed")
-        stopping.wait(settings.sweep_interval)
-        until_partitions -= settings.sweep_interval
+    leases = Leases(services.chunks, every=settings.lease / 3)
+    name = f"sweeper@{socket.gethostname()}"
+    # Putting a large batch together takes its time; leases and deadlines don't wait for it.
+    threads = [
+        threading.Thread(target=_every, args=(seconds, stopping, run))
+        for seconds, run in (
+            (settings.sweep_interval, functools.partial(sweep, services)),
+            (settings.sweep_interval, functools.partial(finish, services, leases, name)),
+            (PARTITIONS_EVERY, services.records.ensure_partitions),
+        )
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    leases.stop()
     services.close()
     log.info("stopped", action="sweeper.stopped")
 

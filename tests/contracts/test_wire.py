@@ -295,9 +295,13 @@ PAGE: Shape = {
 }
 
 
-def run_batch(server: Http, data: str) -> dict[str, Any]:
+MIXED = (batch_line("good", ints(1)), batch_line("bad", ints(1, fail="x")), "?")
+"""One line that is answered, one that fails and one that is none."""
+
+
+def run_batch(server: Http, *lines: str) -> dict[str, Any]:
     asked = {
-        "input_file_id": upload(server, data)["id"],
+        "input_file_id": upload(server, *lines)["id"],
         "endpoint": IDENTITY,
         "completion_window": "24h",
         # From an SDK newer than this server.
@@ -330,9 +334,7 @@ def test_a_file_has_openais_shape(server: Http) -> None:
 
 
 def test_a_batch_has_openais_shape_whatever_became_of_it(server: Http) -> None:
-    done = run_batch(
-        server, f"{batch_line('good', ints(1))}\n{batch_line('bad', ints(1, fail='x'))}\n?"
-    )
+    done = run_batch(server, *MIXED)
     failed = run_batch(server, "?")
 
     for batch in (done, failed):
@@ -349,9 +351,7 @@ def test_a_batch_has_openais_shape_whatever_became_of_it(server: Http) -> None:
 
 
 def test_lines_of_a_batchs_files_have_openais_shape(server: Http) -> None:
-    done = run_batch(
-        server, f"{batch_line('good', ints(1))}\n{batch_line('bad', ints(1, fail='x'))}\n?"
-    )
+    done = run_batch(server, *MIXED)
     contents = {
         name: server.get(f"/v1/files/{done[name]}/content", Accept="application/binary")
         for name in ("output_file_id", "error_file_id")

@@ -171,6 +171,13 @@ def test_nothing_had_to_be_killed(first: Ended) -> None:
     assert [line for line in stopping.splitlines() if "killed" in line] == []
 
 
+def test_a_run_from_start_to_stop_logs_no_traceback(first: Ended) -> None:
+    logs = list((first.var / "logs").glob("*.log*"))
+
+    assert {"gateway.log", "worker.log", "sweeper.log"} <= {log.name for log in logs}
+    assert [log.name for log in logs if "Traceback" in log.read_text(errors="replace")] == []
+
+
 def test_the_terminal_says_where_everything_is(first: Ended) -> None:
     for word in ("Gateway   http://127.0.0.1:", "Flower    http://127.0.0.1:", str(first.var)):
         assert word in first.output

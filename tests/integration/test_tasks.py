@@ -27,6 +27,7 @@ from tasks.bootstrap import WorkerServices, build_worker_services
 from tasks.chunks import run_chunks
 from tasks.pump import Pump, publish
 from tasks.realtime import run_query, run_realtime
+from workers import sweeper
 from workers.app import build_app
 
 ENDPOINT = "/v2/models/identity/infer"
@@ -308,6 +309,29 @@ def test_a_cancelled_batch_keeps_what_ran_and_says_what_did_not(worker: Worker) 
     errors = worker.file(row.error_file_id)
     assert [error["custom_id"] for error in errors] == [f"row-{n}" for n in range(5, 11)]
     assert {error["error"]["code"] for error in errors} == {"batch_cancelled"}
+
+
+@pytest.mark.parametrize("worker", [{"hint_timeout": 0.001}], indirect=True)
+def test_a_batch_ends_by_its_deadline_though_every_worker_is_gone(worker: Worker) -> None:
+    job = worker.batch([line(n) for n in range(1, 6)])
+    until(lambda: sweeper.finish(worker.services, worker.services.leases, "sweeper") == 1)
+    assert worker.row(job).state == "running"
+    with worker.services.database.transaction() as connection:
+        connection.exec_driver_sql(
+            "UPDATE jobs SET deadline_at = now() - interval '1 s' WHERE id = %s", (job,)
+        )
+    sweeper.sweep(worker.services)
+    assert worker.row(job).state == "finalizing"
+    sweeper.finish(worker.services, worker.services.leases, "sweeper")
+    row = worker.row(job)
+    assert row.state == "expired"
+    codes = [error["error"]["code"] for error in worker.file(row.error_file_id)]
+    assert codes == ["batch_expired"] * 5
+
+
+def test_the_sweeper_leaves_fresh_work_to_the_workers(worker: Worker) -> None:
+    worker.batch([line(1)])
+    assert sweeper.finish(worker.services, worker.services.leases, "sweeper") == 0
 
 
 @pytest.mark.parametrize("worker", [{"lease": 0.6, "sweep_interval": 0.2}], indirect=True)

@@ -243,6 +243,15 @@ def upgrade() -> None:
         postgresql_where=sa.text("state IN ('released', 'running')"),
     )
     op.create_index(
+        "ix_chunks_control",
+        "chunks",
+        ["id"],
+        unique=False,
+        postgresql_where=sa.text(
+            "kind IN ('plan', 'finalize') AND state IN ('queued', 'released')"
+        ),
+    )
+    op.create_index(
         "ix_chunks_queued",
         "chunks",
         ["group_name", "priority", "tenant_id", "id"],
