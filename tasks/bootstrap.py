@@ -109,7 +109,8 @@ def build_worker_services(
         group=group or settings.group,
         server=server,
         models=Models(server, ttl=settings.catalog_ttl),
-        leases=Leases(base.chunks, every=settings.lease / 3),
+        # Often enough that a job called off frees its slot within a second or so.
+        leases=Leases(base.chunks, every=min(1.0, settings.lease / 3)),
     )
 
 

@@ -15,11 +15,12 @@ from storage.work import NewBatch, NewJob
 from tasks.batch_lines import parse_endpoint
 from web import files, schemas, views
 from web.context import gateway
-from web.http import about, page_limit, read_uuid, require_key, tenant
+from web.http import about, page_limit, read_uuid, require_json, require_key, tenant
 from web.json import respond
 
 blueprint = Blueprint("batches", __name__, url_prefix="/v1/batches", description="Batches")
 blueprint.before_request(require_key)
+blueprint.before_request(require_json)
 
 
 @blueprint.post("")

@@ -67,7 +67,13 @@ class Catalog:
             return known[1]
         try:
             return asking.result(timeout)
-        except FutureTimeout:
+        except (FutureTimeout, Unavailable) as error:
+            if known:
+                # Nobody is there to ask: what it was like is the best guess, and jobs that are
+                # accepted on it wait for workers anyway.
+                return known[1]
+            if isinstance(error, Unavailable):
+                raise
             raise Unavailable("no GPU worker answered in time", retry_after=1) from None
 
     def forget(self, model: str, version: str = "") -> None:

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from uuid import UUID
 
 from flask import g, request
+from werkzeug.exceptions import UnsupportedMediaType
 
 from errors import BadRequest, NotFound, Unauthenticated
 from web.context import gateway
@@ -23,6 +24,12 @@ def refuse_nul() -> None:
     for name, value in request.args.items(multi=True):
         if "\0" in value:
             raise BadRequest(f"{name}: holds a NUL character", param=name)
+
+
+def require_json() -> None:
+    """A `before_request`: a body that says it is something else is not read as if it were empty."""
+    if request.method == "POST" and request.content_length and not request.is_json:
+        raise UnsupportedMediaType("the body must be JSON: Content-Type: application/json")
 
 
 def require_key() -> None:

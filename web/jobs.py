@@ -17,11 +17,21 @@ from storage import ids
 from storage.lifecycle import JobKind, JobState, Priority
 from web import durable, schemas, views
 from web.context import gateway
-from web.http import about, deadline, page_limit, preference, read_uuid, require_key, tenant
+from web.http import (
+    about,
+    deadline,
+    page_limit,
+    preference,
+    read_uuid,
+    require_json,
+    require_key,
+    tenant,
+)
 from web.json import respond
 
 blueprint = Blueprint("jobs", __name__, url_prefix="/v1/jobs", description="Jobs")
 blueprint.before_request(require_key)
+blueprint.before_request(require_json)
 
 RECORD_PATIENCE = 1.0
 """Seconds a realtime record may lag behind its answer before we say that it is not there."""

@@ -108,7 +108,10 @@ class Replies:
                     log.exception("reply not delivered", action="replies.failed")
 
     def stop(self) -> None:
+        """End the listener, before what it reads from is closed."""
         self._stopped = True
+        if self._thread is not None:
+            self._thread.join(timeout=2)
 
 
 class Coalescer:

@@ -80,14 +80,15 @@ def test_an_old_entry_serves_on_while_a_newer_one_is_asked_for(workers: Workers)
     workers.open.set()
 
 
-def test_a_very_old_entry_does_not(workers: Workers) -> None:
+def test_a_very_old_entry_serves_only_where_nobody_can_be_asked(workers: Workers) -> None:
     catalog = workers.catalog()
     catalog.get("m")
     workers.now = 1000
-    workers.open.clear()
-    with pytest.raises(Unavailable):
-        catalog.get("m", timeout=0.01)
-    workers.open.set()
+    workers.answer = TOLD | {"config": {"max_batch_size": 16}}
+    assert catalog.get("m").spec.max_batch_size == 16
+    workers.now = 2000
+    workers.answer = Unavailable("away")
+    assert catalog.get("m").spec.max_batch_size == 16
 
 
 def test_who_cannot_wait_is_told_so_and_the_answer_serves_the_next(workers: Workers) -> None:
