@@ -12,7 +12,7 @@ import pytest
 from errors import TidegateError, Unavailable
 from inference import frames
 from inference.tensors import InferRequest, InferResult, Tensor
-from web.lane import MAX_WAITING, MAX_WAITING_BYTES, Answer, Coalescer, _Waiting
+from web.coalescer import MAX_WAITING, MAX_WAITING_BYTES, Answer, Coalescer, Waiting
 
 
 class Broker:
@@ -78,7 +78,7 @@ def coalescer(
 def submit(to: Coalescer, count: int = 1, timeout: float = 30) -> list[Future[Answer]]:
     tensor = Tensor("INTS", "INT64", (1, 1), bytes(8))
     waiting = [
-        _Waiting(InferRequest("m", "", (tensor,), (), {}, str(n)), 8, time.monotonic() + timeout)
+        Waiting(InferRequest("m", "", (tensor,), (), {}, str(n)), 8, time.monotonic() + timeout)
         for n in range(count)
     ]
     for one in waiting:
@@ -204,7 +204,7 @@ def test_what_waits_is_bounded_in_bytes_too(broker: Broker) -> None:
     to = coalescer(broker)
     submit(to)
     broker.next()
-    big = _Waiting(InferRequest("m", "", (), (), {}, ""), MAX_WAITING_BYTES, time.monotonic() + 9)
+    big = Waiting(InferRequest("m", "", (), (), {}, ""), MAX_WAITING_BYTES, time.monotonic() + 9)
     to.submit(big)
     with pytest.raises(Unavailable):
         to.submit(big)
