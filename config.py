@@ -95,7 +95,8 @@ class Settings:
     catalog_ttl: float = 5.0
     """How long a gateway trusts what a worker said about a model."""
     key_ttl: float = 15.0
-    """How long a gateway trusts an API key it has checked: the most a revocation lags."""
+    """How long a gateway trusts an API key it has checked: the most a revocation lags. While
+    Postgres is away keys that were good stay good, for ten minutes at most."""
 
     def __post_init__(self) -> None:
         problems = [

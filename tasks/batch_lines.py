@@ -20,7 +20,7 @@ from inference import oip
 from inference.tensors import InferRequest, InferResult
 from storage.work import ChunkPlan
 
-ENDPOINT = re.compile(r"/v2/models/([A-Za-z0-9._-]+)(?:/versions/([0-9]+))?/infer")
+ENDPOINT = re.compile(r"/v2/models/([A-Za-z0-9._-]+)(?:/versions/([0-9]{1,18}))?/infer")
 MAX_CUSTOM_ID = 512
 
 

@@ -7,7 +7,6 @@ from uuid import UUID
 
 import uuid_utils.compat as uuids
 from flask import Response, request
-from flask_smorest import Blueprint
 
 from errors import BadRequest, Conflict, NotFound
 from storage.lifecycle import JobKind, JobState, Priority
@@ -16,9 +15,9 @@ from tasks.batch_lines import parse_endpoint
 from web import files, schemas, views
 from web.context import gateway
 from web.http import about, page_limit, read_uuid, require_json, require_key, tenant
-from web.json import respond
+from web.json import ApiBlueprint, respond
 
-blueprint = Blueprint("batches", __name__, url_prefix="/v1/batches", description="Batches")
+blueprint = ApiBlueprint("batches", __name__, url_prefix="/v1/batches", description="Batches")
 blueprint.before_request(require_key)
 blueprint.before_request(require_json)
 

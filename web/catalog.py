@@ -80,6 +80,8 @@ class Catalog:
         """Ask again next time: a worker said that this model is not what it was."""
         with self._lock:
             self._known.pop((model, version), None)
+            # Who is being asked right now may have answered before.
+            self._asking.pop((model, version), None)
 
     def _ask(self, name: Name, asking: Future[Entry]) -> None:
         try:
@@ -89,7 +91,7 @@ class Catalog:
         except Exception as error:
             with self._lock:
                 # A name nobody has is not kept: names are the client's, and memory is ours.
-                del self._asking[name]
+                self._done(name, asking)
                 if not isinstance(error, Unavailable):
                     self._known.pop(name, None)
             asking.set_exception(
@@ -97,6 +99,13 @@ class Catalog:
             )
             return
         with self._lock:
-            self._known[name] = (self._clock(), entry)
-            del self._asking[name]
+            if self._done(name, asking):
+                self._known[name] = (self._clock(), entry)
         asking.set_result(entry)
+
+    def _done(self, name: Name, asking: Future[Entry]) -> bool:
+        """False where the answer has been called off meanwhile."""
+        if self._asking.get(name) is not asking:
+            return False
+        del self._asking[name]
+        return True

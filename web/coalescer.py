@@ -31,7 +31,8 @@ MAX_WAITING = 4096
 MAX_MESSAGE_BYTES = 16 << 20
 """A message that holds this much takes no more requests (a single larger one travels alone)."""
 MAX_WAITING_BYTES = 256 << 20
-"""Tensor bytes of one model version that may wait in one gateway process: beyond it, 503."""
+"""Tensor bytes of one model version that one gateway process holds, waiting or in flight: beyond
+it, 503."""
 MAX_FLYING = 64
 """Messages of one model version in flight, however slow it is."""
 PATIENCE = 0.02
@@ -81,7 +82,8 @@ class Coalescer:
         self._send = send
         self._queue: deque[Waiting] = deque()
         self._bytes = 0
-        self._flying: dict[bytes, float] = {}
+        self._flying: dict[bytes, tuple[float, int]] = {}
+        """Messages in flight: when they end without an answer, and their bytes."""
         self._sent = 0.0
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -89,7 +91,7 @@ class Coalescer:
     def submit(self, waiting: Waiting) -> None:
         """Queue one request. Raises `Unavailable` where too many wait already."""
         with self._changed:
-            full = self._queue and self._bytes + waiting.size > MAX_WAITING_BYTES
+            full = self._bytes > 0 and self._bytes + waiting.size > MAX_WAITING_BYTES
             if full or len(self._queue) >= MAX_WAITING:
                 raise Unavailable("too many requests wait for this model", retry_after=1)
             self._queue.append(waiting)
@@ -120,7 +122,7 @@ class Coalescer:
             return True
         now = self._clock()
         # A message whose answer never comes gives its place back at its deadline.
-        for message in [name for name, until in self._flying.items() if until <= now]:
+        for message in [name for name, (until, _) in self._flying.items() if until <= now]:
             self._land(message)
         return len(self._flying) < self._window or (
             len(self._flying) < MAX_FLYING and now - self._sent >= self._patience
@@ -134,10 +136,11 @@ class Coalescer:
             if batch and size + self._queue[0].size > MAX_MESSAGE_BYTES:
                 break
             waiting = self._queue.popleft()
-            self._bytes -= waiting.size
             if waiting.until > now:
                 batch.append(waiting)
                 size += waiting.size
+            else:
+                self._bytes -= waiting.size
         return batch
 
     def _fly(self, batch: list[Waiting]) -> None:
@@ -146,7 +149,7 @@ class Coalescer:
         deadlines = [round(waiting.until - now, 3) for waiting in batch]
         ttl = max(0.001, *deadlines)
         with self._changed:
-            self._flying[message] = now + ttl
+            self._flying[message] = (now + ttl, sum(waiting.size for waiting in batch))
             self._sent = now
         self._replies.expect(message, lambda data: self._landed(message, batch, data))
         try:
@@ -170,6 +173,9 @@ class Coalescer:
             outcomes = frames.decode_outcomes(data)
         except TidegateError as error:
             outcomes = [error] * len(batch)
+        except Exception:
+            log.exception("reply not read", action="lane.unread")
+            outcomes = []
         self._end(message, batch, outcomes)
 
     def _end(
@@ -187,5 +193,5 @@ class Coalescer:
                 waiting.answer.set_result(Answer(outcome, len(batch)))
 
     def _land(self, message: bytes) -> None:
-        self._flying.pop(message, None)
+        self._bytes -= self._flying.pop(message, (0.0, 0))[1]
         self._replies.forget(message)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from uuid import UUID
 
 from flask import current_app
@@ -17,31 +18,50 @@ from web.lane import RealtimeLane
 from web.recorder import Recorder
 from web.waiting import JobWaiter
 
+GRACE = 600.0
+"""Seconds a key that was good goes on to be while Postgres is away."""
+
+
+@dataclass(frozen=True, slots=True)
+class _KnownKey:
+    tenant: UUID
+    checked: float
+    """When Postgres last said that it is good."""
+    asked: float
+    """When Postgres was last asked, in vain or not."""
+
 
 class KeyCache:
     """API keys that were good a moment ago. Bad ones are asked for each time, and never kept."""
 
-    def __init__(self, keys: Keys, ttl: float, most: int = 10_000):
+    def __init__(
+        self,
+        keys: Keys,
+        ttl: float,
+        most: int = 10_000,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._keys = keys
         self._ttl = ttl
         self._most = most
-        self._known: dict[str, tuple[float, UUID]] = {}
+        self._clock = clock
+        self._known: dict[str, _KnownKey] = {}
         self._lock = threading.Lock()
 
     def tenant_of(self, key: str) -> UUID:
-        """Raises `Unauthenticated`."""
-        now = time.monotonic()
+        """Raises `Unauthenticated`; `Unavailable` where Postgres is away and the key unknown."""
+        now = self._clock()
         known = self._known.get(key)
-        if known is not None and now - known[0] < self._ttl:
-            return known[1]
+        if known is not None and now - known.asked < self._ttl:
+            return known.tenant
         try:
-            tenant = self._keys.tenant_of(key)
+            found = _KnownKey(self._keys.tenant_of(key), checked=now, asked=now)
         except Unavailable:
-            # Realtime needs no database: a key that was good a moment ago is good while Postgres
-            # is away. Not asked again for a while, so that not every request waits for it.
-            if known is None:
+            # Realtime needs no database: a key that was good is good for a while without. Not asked
+            # for again at once, so that not every request waits for Postgres.
+            if known is None or now - known.checked > GRACE:
                 raise
-            tenant = known[1]
+            found = replace(known, asked=now)
         except Unauthenticated:
             with self._lock:
                 self._known.pop(key, None)
@@ -49,8 +69,8 @@ class KeyCache:
         with self._lock:
             if len(self._known) >= self._most:
                 self._known.clear()
-            self._known[key] = (now, tenant)
-        return tenant
+            self._known[key] = found
+        return found.tenant
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,16 +42,17 @@ class DrainingWorker(GeventWorker):  # type: ignore[misc]
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> None:
         """One request; its connection ends where most of a body was left unread."""
-        super().handle_request(listener_name, req, sock, addr)
+        try:
+            super().handle_request(listener_name, req, sock, addr)
+        except StopIteration:
+            # The connection ends anyway.
+            if _unread(req) > 0:
+                _linger(sock)
+            raise
         if _unread(req) > FORGIVEN:
             # gunicorn would read the rest in pieces of a few KiB, and nobody else would be served
-            # meanwhile. Thrown away in large ones, for a moment: closing a socket that still
-            # receives would take the answer along.
-            with gevent.Timeout(LINGER, False):
-                sock.shutdown(socket.SHUT_WR)
-                waste = bytearray(1 << 20)
-                while sock.recv_into(waste):
-                    pass
+            # meanwhile.
+            _linger(sock)
             raise StopIteration
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -61,8 +62,9 @@ class DrainingWorker(GeventWorker):  # type: ignore[misc]
 
     def _drain(self) -> None:
         if self.app.callable is not None:
-            # Those who wait for a job hear now that it goes on without them.
-            self.app.callable.extensions["tidegate"].waiter.release()
+            # Those who wait for a job hear now that it goes on without them. In a greenlet: it
+            # takes a lock, and the loop itself must not wait.
+            gevent.spawn(self.app.callable.extensions["tidegate"].waiter.release)
         for waiting, timeout in list(self._idle.items()):
             # As if the keep-alive time were over. In the loop, and only while it is still idle: a
             # request that has come in is answered.
@@ -76,3 +78,13 @@ def _unread(req: Any) -> int:
     if hasattr(reader, "length"):
         return int(reader.length)
     return FORGIVEN + 1 if getattr(reader, "parser", None) is not None else 0
+
+
+def _linger(sock: Any) -> None:
+    """Let the answer reach a client that is still sending: closing a socket that receives would
+    take the answer along. What comes is thrown away in large pieces, for a moment."""
+    with gevent.Timeout(LINGER, False):
+        sock.shutdown(socket.SHUT_WR)
+        waste = bytearray(1 << 20)
+        while sock.recv_into(waste):
+            pass

@@ -9,7 +9,6 @@ from typing import IO
 
 import uuid_utils.compat as uuids
 from flask import Response, request
-from flask_smorest import Blueprint
 
 from errors import BadRequest, TooLarge
 from storage import objects
@@ -17,10 +16,10 @@ from storage.files import FileRow, file_key
 from web import schemas, views
 from web.context import gateway
 from web.http import page_limit, read_uuid, require_key, tenant
-from web.json import respond
+from web.json import ApiBlueprint, respond
 from web.offload import offload
 
-blueprint = Blueprint(
+blueprint = ApiBlueprint(
     "files", __name__, url_prefix="/v1/files", description="Batch input and output"
 )
 blueprint.before_request(require_key)
@@ -44,6 +43,7 @@ def create() -> Response:
     upload = request.files.get("file")
     if upload is None:
         raise BadRequest("file: is missing", param="file")
+    expires_at = _expires_at()
     file_id = uuids.uuid7()
     key = file_key(tenant(), file_id)
     most = gateway().services.settings.max_file_bytes
@@ -55,9 +55,14 @@ def create() -> Response:
         filename=re.sub(r"[\x00-\x1f\x7f]", "", upload.filename or "")[:255] or "file.jsonl",
         bytes=size,
         key=key,
-        expires_at=_expires_at(),
+        expires_at=expires_at,
     )
-    return respond(views.file(gateway().services.files.add(row)))
+    try:
+        return respond(views.file(gateway().services.files.add(row)))
+    except Exception:
+        # Nobody would ever know of these bytes.
+        gateway().services.objects.delete(key)
+        raise
 
 
 def _blocks(stream: IO[bytes], most: int) -> Iterator[bytes]:
@@ -75,7 +80,7 @@ def _expires_at() -> datetime | None:
         return None
     if request.form.get("expires_after[anchor]", "created_at") != "created_at":
         raise BadRequest('expires_after.anchor: must be "created_at"', param="expires_after")
-    if not seconds.isdecimal() or not 3600 <= int(seconds) <= 2_592_000:
+    if not re.fullmatch(r"[0-9]{1,7}", seconds) or not 3600 <= int(seconds) <= 2_592_000:
         raise BadRequest("expires_after.seconds: from 3600 to 2592000", param="expires_after")
     return datetime.now(UTC) + timedelta(seconds=int(seconds))
 

@@ -67,7 +67,7 @@ def preference(max_wait: float) -> Preference:
         name, _, value = (text.strip().strip('"') for text in token.partition("="))
         if name.lower() == "respond-async":
             respond_async = True
-        elif name.lower() == "wait" and re.fullmatch(r"\d{1,9}", value):
+        elif name.lower() == "wait" and re.fullmatch(r"[0-9]{1,9}", value):
             wait = min(float(value), max_wait)
     return Preference(respond_async, wait)
 
@@ -76,9 +76,7 @@ def deadline(default: float, maximum: float) -> float:
     """Seconds the request may take: `Tidegate-Deadline`, as seconds from now or as a moment in
     RFC 3339. Raises `BadRequest`."""
     text = request.headers.get("Tidegate-Deadline")
-    if text is None:
-        return default
-    return min(parse_deadline(text), maximum)
+    return min(default if text is None else parse_deadline(text), maximum)
 
 
 def parse_deadline(text: str) -> float:
@@ -107,8 +105,8 @@ def about(param: str) -> Iterator[None]:
     try:
         yield
     except (BadRequest, NotFound) as error:
-        error.param = param
-        raise
+        # A new one: the old may be somebody else's as well.
+        raise type(error)(error.message, param=param) from error
 
 
 def page_limit(default: int, most: int) -> int:
@@ -116,7 +114,7 @@ def page_limit(default: int, most: int) -> int:
     text = request.args.get("limit")
     if text is None:
         return default
-    if not re.fullmatch(r"\d{1,6}", text) or not 1 <= int(text) <= most:
+    if not re.fullmatch(r"[0-9]{1,6}", text) or not 1 <= int(text) <= most:
         raise BadRequest(f"limit: a number from 1 to {most}", param="limit")
     return int(text)
 

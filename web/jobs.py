@@ -8,7 +8,6 @@ from typing import Any
 from uuid import UUID
 
 from flask import Response, request
-from flask_smorest import Blueprint
 
 from errors import BadRequest, Conflict, NotFound
 from inference import oip
@@ -27,9 +26,9 @@ from web.http import (
     require_key,
     tenant,
 )
-from web.json import respond
+from web.json import ApiBlueprint, respond
 
-blueprint = Blueprint("jobs", __name__, url_prefix="/v1/jobs", description="Jobs")
+blueprint = ApiBlueprint("jobs", __name__, url_prefix="/v1/jobs", description="Jobs")
 blueprint.before_request(require_key)
 blueprint.before_request(require_json)
 

@@ -7,6 +7,9 @@ from typing import Any
 import orjson
 from flask import Response
 from flask.json.provider import JSONProvider
+from flask_smorest import Blueprint
+from webargs.core import is_json, missing
+from webargs.flaskparser import FlaskParser
 
 
 def dumps(value: Any) -> bytes:
@@ -27,3 +30,16 @@ class OrjsonProvider(JSONProvider):
 
     def loads(self, s: str | bytes, **_: Any) -> Any:
         return orjson.loads(s)
+
+
+class _Parser(FlaskParser):
+    """webargs, reading JSON as strictly as everything else here: what is no Unicode is no JSON."""
+
+    def _raw_load_json(self, req: Any) -> Any:
+        return orjson.loads(req.get_data()) if is_json(req.mimetype) else missing
+
+
+class ApiBlueprint(Blueprint):  # type: ignore[misc]
+    """A blueprint of routes that OpenAPI describes."""
+
+    ARGUMENTS_PARSER = _Parser()

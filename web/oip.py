@@ -45,9 +45,10 @@ def routes(path: str) -> tuple[str, str]:
 
 
 def _checked(model: str, version: str) -> tuple[str, str]:
-    if not _NAME.fullmatch(model) or not re.fullmatch(r"\d{0,18}", version):
+    if not _NAME.fullmatch(model) or not re.fullmatch(r"[0-9]{0,18}", version):
         raise ModelNotFound(f"no model {model!r:.80} version {version!r:.20}")
-    return model, version
+    # 1 and 01 are one version to Triton, and so to whatever we keep by version.
+    return model, str(int(version)) if version else ""
 
 
 @blueprint.get("/health/live")
@@ -154,7 +155,7 @@ def infer(model: str, version: str = "") -> Response:
             render=lambda result: _rendered(result, fmt),
         )
     timeout = deadline(
-        min(given or settings.realtime_timeout, settings.max_realtime_timeout),
+        given or settings.realtime_timeout,
         settings.max_realtime_timeout,
     )
     job_id = found.services.ids.mint(tenant())
@@ -214,7 +215,7 @@ def _header_length() -> int | None:
     text = request.headers.get(oip.HEADER_LENGTH)
     if text is None:
         return None
-    if not re.fullmatch(r"\d{1,12}", text):
+    if not re.fullmatch(r"[0-9]{1,12}", text):
         raise BadBody(f"{oip.HEADER_LENGTH}: must be a number of bytes")
     return int(text)
 

@@ -9,7 +9,7 @@ from marshmallow import EXCLUDE, RAISE, Schema, ValidationError, fields, validat
 
 from storage.lifecycle import JobKind, JobState, Priority
 
-_WINDOW = re.compile(r"(\d{1,6})(s|m|h|d)")
+_WINDOW = re.compile(r"([0-9]{1,6})(s|m|h|d)")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 MAX_WINDOW = 30 * 86_400
 PRIORITIES = tuple(priority.name.lower() for priority in Priority)
@@ -50,7 +50,7 @@ class JobSubmit(Schema):
         unknown = RAISE
 
     model = fields.String(required=True, validate=validate.Length(min=1, max=255))
-    version = fields.String(load_default="", validate=validate.Regexp(r"^\d{0,18}$"))
+    version = fields.String(load_default="", validate=validate.Regexp(r"[0-9]{0,18}\Z"))
     input = fields.Dict(
         required=True,
         metadata={"description": "An Open Inference Protocol infer request, as JSON."},

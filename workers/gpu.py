@@ -17,7 +17,7 @@ from typing import Any
 import click
 import structlog
 from celery import Celery, bootsteps
-from celery.signals import worker_init, worker_shutdown
+from celery.signals import celeryd_init, worker_init, worker_shutdown
 from kombu import Consumer
 from kombu.common import ignore_errors
 
@@ -57,6 +57,12 @@ def _gpu(_context: click.Context, _parameter: click.Parameter, value: str) -> st
     return value
 
 
+@celeryd_init.connect
+def _note_queues(instance: Any, options: dict[str, Any], **_: Any) -> None:
+    """Was there a -Q? Later one can't tell."""
+    instance.named_queues = bool(options.get("queues"))
+
+
 @worker_init.connect
 def _pin(sender: Any, **_: Any) -> None:
     """Before anything of the worker is made: its GPU, name, queues and services."""
@@ -69,12 +75,15 @@ def _pin(sender: Any, **_: Any) -> None:
     if sender.hostname == f"celery@{host}":
         sender.hostname = f"{group}-gpu{gpu}@{host}" if gpu != "none" else f"{group}@{host}"
     queues = app.amqp.queues
-    chosen = list(queues.consume_from)
-    if queues.consume_from is queues:  # no -Q
-        chosen = [messages.realtime_queue(group), messages.batch_queue(group)]
+    chosen = [messages.realtime_queue(group), messages.batch_queue(group)]
+    if getattr(sender, "named_queues", False):
+        chosen = list(queues.consume_from)
     for name in chosen:
         if not messages.is_queue(name):
-            raise SystemExit(f"-Q {name}: nobody sends there; try {group}.realtime,{group}.batch")
+            raise SystemExit(
+                f"{name} is no queue that anybody sends to: -Q takes GROUP.realtime and"
+                " GROUP.batch, --group a name of letters, digits, _ and -"
+            )
         queues.add(messages.queue(name))
     queues.select(chosen)
     sender.batch_queues = [messages.queue(name) for name in chosen if messages.is_batch(name)]

@@ -47,12 +47,15 @@ def sweep(services: Services) -> None:
 
 def finish(services: Services, leases: Leases, worker: str) -> int:
     """Do what stranded batches need; the number of chunks done."""
-    claims = services.chunks.claim(services.backlog.stranded(), worker)
-    for claim in claims:
-        log.info("stranded", action="sweep.stranded", job=str(claim.job_id), kind=claim.kind.value)
-        with leases.holding([claim]):
-            batches.run_control(services, claim)
-    return len(claims)
+    done = 0
+    for chunk in services.backlog.stranded():
+        # One at a time: a lease begins with the claim, not with its turn.
+        for claim in services.chunks.claim([chunk], worker):
+            log.info("stranded", action="sweep.stranded", chunk=chunk, job=str(claim.job_id))
+            with leases.holding([claim]):
+                batches.run_control(services, claim)
+            done += 1
+    return done
 
 
 def _every(seconds: float, stopping: threading.Event, run: Callable[[], object]) -> None:

@@ -426,3 +426,23 @@ def test_a_job_nobody_made_is_not_found(mine: Http, job: str) -> None:
     ):
         assert reply.status == 404
         assert reply.headers["Content-Type"] == "application/problem+json"
+
+
+def test_a_timeout_beyond_all_time_is_cut_to_the_longest(mine: Http) -> None:
+    asked = ints(1, timeout=2**62)
+    assert mine.post("/v2/models/identity/infer", asked, Prefer="wait=20").status == 200
+    assert mine.get("/v1/jobs?kind=infer").status == 200
+
+
+@pytest.mark.parametrize("field", ["model", "metadata"])
+def test_text_that_is_no_unicode_is_refused(mine: Http, field: str) -> None:
+    job = {"model": "identity", "input": ints(1)}
+    job[field] = "\ud800" if field == "model" else {"a": "\ud800"}
+    reply = mine.post("/v1/jobs", job)
+    assert 400 <= reply.status < 500, reply
+
+
+@pytest.mark.parametrize("version", ["1\n", "١", "x", "-1"])
+def test_a_version_that_is_no_number_is_refused(mine: Http, version: str) -> None:
+    job = {"model": "identity", "version": version, "input": ints(1)}
+    assert mine.post("/v1/jobs", job).status == 422

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import psutil
 import pytest
+import redis
 
 from ops.embedded import Stack
 from tests.e2e.helpers import (
@@ -237,3 +239,16 @@ def test_workers_side_by_side_share_the_work(own: Stack, server: Http) -> None:
     works_again(server)
     image = {"inputs": [tensor("image", "FP32", [0.0] * 64)]}
     assert server.post(DIGITS, image).status == 200
+
+
+def test_a_worker_of_another_group_reads_that_groups_lanes_only(own: Stack) -> None:
+    own.add_worker("vision", "--gpu", "none", "--group", "vision")
+    own.start(only=("vision",))
+    with redis.Redis.from_url(own.env["TIDEGATE_REDIS_URL"]) as client:
+        present = partial(client.zrange, "tidegate:workers:vision", 0, -1)
+        until(present, 20)
+    banner = own.log("vision").read_text()
+    own.stop("vision")
+
+    assert "vision.realtime" in banner
+    assert "default.realtime" not in banner

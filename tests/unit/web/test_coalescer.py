@@ -200,11 +200,17 @@ def test_slow_requests_do_not_hold_up_the_next_ones(broker: Broker) -> None:
     assert isinstance(quick.result(5).outcome, InferResult)
 
 
-def test_what_waits_is_bounded_in_bytes_too(broker: Broker) -> None:
+def test_what_waits_or_flies_is_bounded_in_bytes(broker: Broker) -> None:
     to = coalescer(broker)
-    submit(to)
-    broker.next()
-    big = Waiting(InferRequest("m", "", (), (), {}, ""), MAX_WAITING_BYTES, time.monotonic() + 9)
-    to.submit(big)
+
+    def big() -> Waiting:
+        size = MAX_WAITING_BYTES // 2 + 1
+        return Waiting(InferRequest("m", "", (), (), {}, ""), size, time.monotonic() + 9)
+
+    to.submit(big())
+    message = broker.next()
     with pytest.raises(Unavailable):
-        to.submit(big)
+        to.submit(big())
+    broker.answer(message)
+    to.submit(big())
+    assert broker.next()
