@@ -221,7 +221,7 @@ class Chunks:
             moves.insert_chunks(
                 connection,
                 [
-                    moves.chunk_row(job.id, job, seq=seq, kind=ChunkKind.INFER, plan=plan)
+                    moves.chunk_row(job, seq=seq, kind=ChunkKind.INFER, plan=plan)
                     for seq, plan in enumerate(plans, start=1)
                 ],
             )

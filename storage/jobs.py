@@ -31,9 +31,7 @@ class Jobs:
             moves.insert_chunks(
                 connection,
                 [
-                    moves.chunk_row(
-                        job.id, job, seq=1, kind=ChunkKind.INFER, plan=ChunkPlan(1, 1, 0, 0)
-                    )
+                    moves.chunk_row(job, seq=1, kind=ChunkKind.INFER, plan=ChunkPlan(1, 1, 0, 0))
                     for job in jobs
                 ],
             )
@@ -55,11 +53,7 @@ class Jobs:
             )
             moves.insert_chunks(
                 connection,
-                [
-                    moves.chunk_row(
-                        job.id, job, seq=0, kind=ChunkKind.PLAN, plan=ChunkPlan(1, 0, 0, 0)
-                    )
-                ],
+                [moves.chunk_row(job, seq=0, kind=ChunkKind.PLAN, plan=ChunkPlan(1, 0, 0, 0))],
             )
 
     def _insert(self, connection: sa.Connection, jobs: Sequence[NewJob], kind: JobKind) -> None:

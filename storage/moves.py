@@ -79,12 +79,10 @@ def some(*conditions: sa.ColumnElement[bool], limit: int) -> sa.ColumnElement[bo
     )
 
 
-def chunk_row(
-    job_id: UUID, job: Any, *, seq: int, kind: ChunkKind, plan: ChunkPlan
-) -> dict[str, Any]:
+def chunk_row(job: Any, *, seq: int, kind: ChunkKind, plan: ChunkPlan) -> dict[str, Any]:
     """`job` is a NewJob or a row of `jobs`: both name these fields alike but for the group."""
     return {
-        "job_id": job_id,
+        "job_id": job.id,
         "seq": seq,
         "kind": kind.value,
         "tenant_id": job.tenant_id,
@@ -183,7 +181,7 @@ def finalize(connection: sa.Connection, job_id: UUID, state: JobState, outcome: 
     if job is None:
         return
     plan = ChunkPlan(items=1, first_line=0, byte_start=0, byte_end=0)
-    row = chunk_row(job.id, job, seq=job.chunks_total + 1, kind=ChunkKind.FINALIZE, plan=plan)
+    row = chunk_row(job, seq=job.chunks_total + 1, kind=ChunkKind.FINALIZE, plan=plan)
     insert_chunks(connection, [row])
 
 

@@ -31,11 +31,11 @@ def submit(
     """Accept one inference as a job to end within so many seconds. It is durable on return."""
     services = gateway().services
     job_id = uuids.uuid7()
-    frame: bytes | None = frames.encode_requests([asked])
+    frame: bytes | None = (encoded := frames.encode_requests([asked]))
     key = None
-    if frame is not None and len(frame) > services.settings.inline_bytes:
+    if len(encoded) > services.settings.inline_bytes:
         key = f"jobs/{tenant().hex}/{job_id.hex}/input"
-        offload(services.objects.put, key, frame)
+        offload(services.objects.put, key, encoded)
         frame = None
     services.jobs.submit(
         [
@@ -72,8 +72,7 @@ def infer(
         row = gateway().services.jobs.get(tenant(), job_id)
         if JobState(row.state).terminal:
             response = render(result(job_id, row))
-            response.headers["Preference-Applied"] = f"wait={preferred.wait:g}"
-            response.headers["Vary"] = "Prefer"
+            response.headers.update(preferred.applied())
             return response
     return accepted(job_id, preferred)
 
@@ -82,12 +81,8 @@ def accepted(job_id: UUID, preferred: Preference, *, ended: int = 202) -> Respon
     """The job, and where to look; status `ended` where it has reached its end."""
     row = gateway().services.jobs.get(tenant(), job_id)
     job = views.job(row)
-    headers = {"Location": job["urls"]["self"], "Vary": "Prefer"}
+    headers = {"Location": job["urls"]["self"], **preferred.applied()}
     terminal = JobState(row.state).terminal
-    if preferred.respond_async:
-        headers["Preference-Applied"] = "respond-async"
-    elif preferred.wait is not None:
-        headers["Preference-Applied"] = f"wait={preferred.wait:g}"
     if not terminal:
         headers["Retry-After"] = "1"
     return respond(job, ended if terminal else 202, headers)

@@ -58,6 +58,14 @@ class Preference:
     def durable(self) -> bool:
         return self.respond_async or self.wait is not None
 
+    def applied(self) -> dict[str, str]:
+        """The headers of an answer that depends on it."""
+        if self.respond_async:
+            return {"Vary": "Prefer", "Preference-Applied": "respond-async"}
+        if self.wait is not None:
+            return {"Vary": "Prefer", "Preference-Applied": f"wait={self.wait:g}"}
+        return {"Vary": "Prefer"}
+
 
 def preference(max_wait: float) -> Preference:
     """The request's `Prefer` headers; what we don't know is passed over, as the RFC asks."""

@@ -46,7 +46,7 @@ def matches(value: Mapping[str, Any], shape: Shape) -> None:
 
 @pytest.fixture(scope="module")
 def server(stack: Stack) -> Http:
-    return Http.keyed(stack.env["TIDEGATE_URL"], stack.env["TIDEGATE_API_KEY"])
+    return Http.of(stack)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ NewTenant = Callable[[], Http]
 @pytest.fixture(scope="session")
 def gateway(stack: Stack) -> Http:
     """The gateway, for the tenant `default`."""
-    return Http.keyed(stack.env["TIDEGATE_URL"], stack.env["TIDEGATE_API_KEY"])
+    return Http.of(stack)
 
 
 @pytest.fixture(scope="session")

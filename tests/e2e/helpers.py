@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 import pytest
 import redis
 
+from ops.embedded import Stack
+
 T = TypeVar("T")
 POLL = 0.02
 
@@ -75,6 +77,11 @@ class Http:
     @classmethod
     def keyed(cls, url: str, key: str) -> Http:
         return cls(url, {"Authorization": f"Bearer {key}"})
+
+    @classmethod
+    def of(cls, stack: Stack) -> Http:
+        """The gateway of a stack, for the tenant `default`."""
+        return cls.keyed(stack.env["TIDEGATE_URL"], stack.env["TIDEGATE_API_KEY"])
 
     def connect(self, timeout: float = 60) -> http.client.HTTPConnection:
         """A connection for more than one request, to be closed."""

@@ -31,7 +31,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 @pytest.fixture
 def server(own: Stack) -> Http:
-    return Http.keyed(own.env["TIDEGATE_URL"], own.env["TIDEGATE_API_KEY"])
+    return Http.of(own)
 
 
 @contextmanager
