@@ -12,7 +12,7 @@ from pathlib import Path
 import environs
 from marshmallow import validate
 
-SECOND = 1.0
+DAY = 24 * 3600.0
 KIB = 1024
 MIB = 1024 * KIB
 
@@ -60,6 +60,9 @@ class Settings:
     """Claims of one chunk, crashes included, before it is a dead letter."""
     sweep_interval: float = 1.0
     """Between two looks for lost hints, expired leases and passed deadlines."""
+    attempt_timeout: float = 600.0
+    """The longest one attempt at a chunk may take. Past it its calls are cancelled and the attempt
+    counts as failed; a worker whose slot does not come back even then ends itself."""
     hint_timeout: float = 10.0
     """A released chunk nobody claimed for this long is released again."""
     pump_credit: int = 4096
@@ -76,6 +79,24 @@ class Settings:
     """Inputs and results up to this size stay in Postgres; larger ones go to the object store."""
     job_deadline: float = 24 * 3600.0
     """Default time from accept to a terminal state."""
+
+    # Retention
+    result_ttl: float = 7 * DAY
+    """How long the input and the result of an ended job are kept; then 410."""
+    job_ttl: float = 30 * DAY
+    """How long an ended job, or the record of a realtime request, can be looked up; then 404."""
+    file_ttl: float = 30 * DAY
+    """How long a file is kept that was given no expiry of its own."""
+    idempotency_ttl: float = 2 * DAY
+    """How long an `Idempotency-Key` is remembered: a day at least."""
+    garbage_age: float = 3600.0
+    """An object that nothing in the ledger names goes when it is this old."""
+
+    # Webhooks
+    webhook_timeout: float = 15.0
+    """The longest one delivery may take."""
+    webhook_insecure: bool = False
+    """Deliver to http and to private addresses, too: for development only."""
 
     # Gateway
     max_body_bytes: int = 64 * MIB
@@ -110,6 +131,22 @@ class Settings:
                 (
                     not self.objects_url.startswith("file:///"),
                     "TIDEGATE_OBJECTS_URL: file:///absolute/folder is what this version stores to",
+                ),
+                (
+                    self.attempt_timeout < 2 * self.lease,
+                    "TIDEGATE_ATTEMPT_TIMEOUT: at least two leases",
+                ),
+                (
+                    self.idempotency_ttl < DAY,
+                    "TIDEGATE_IDEMPOTENCY_TTL: at least a day (86400)",
+                ),
+                (
+                    self.job_ttl < self.result_ttl,
+                    "TIDEGATE_JOB_TTL: at least TIDEGATE_RESULT_TTL, or results outlive their jobs",
+                ),
+                (
+                    self.garbage_age < 60,
+                    "TIDEGATE_GARBAGE_AGE: at least 60, or what is being written is swept",
                 ),
                 (
                     self.coalesce_items > 200,

@@ -4,7 +4,8 @@ TidegateError
 ├── BadRequest               the client sent something we will never accept
 │   ├── BadBody              the body is not what its headers say (framing, JSON, compression)
 │   ├── BadTensor            a tensor does not fit the model; names the tensor
-│   └── Unsupported          a legal request for something we do not do
+│   ├── Unsupported          a legal request for something we do not do
+│   └── KeyReused            an Idempotency-Key that was used for another request
 ├── Unauthenticated          no key, or a key we do not know
 ├── Forbidden                a known key that may not do this
 ├── NotFound
@@ -74,6 +75,10 @@ class BadTensor(BadRequest):
 
 class Unsupported(BadRequest):
     code = "unsupported"
+
+
+class KeyReused(BadRequest):
+    code = "idempotency_key_reused"
 
 
 class Unauthenticated(TidegateError):

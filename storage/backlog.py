@@ -168,21 +168,16 @@ class Backlog:
     def sweep(self, limit: int = 500) -> Swept:
         """Find what nobody is working on: expired leases, silent hints, passed deadlines."""
         with self.database.transaction() as connection:
-            lapsed = sa.and_(_chunks.state == ChunkState.RUNNING, _chunks.lease_until < moves.now)
             leases = connection.execute(
                 sa.update(tables.chunks)
-                .where(moves.some(lapsed, _chunks.attempts < self.max_attempts, limit=limit))
+                .where(
+                    moves.some(moves.lapsed(), _chunks.attempts < self.max_attempts, limit=limit)
+                )
                 .values(state=ChunkState.QUEUED.value, not_before=moves.now, lease_until=None)
             ).rowcount
             hints = connection.execute(
                 sa.update(tables.chunks)
-                .where(
-                    moves.some(
-                        _chunks.state == ChunkState.RELEASED,
-                        _chunks.released_at < moves.now - moves.seconds(self.hint_timeout),
-                        limit=limit,
-                    )
-                )
+                .where(moves.some(moves.unclaimed(self.hint_timeout), limit=limit))
                 .values(state=ChunkState.QUEUED.value, released_at=None)
             ).rowcount
         return Swept(
@@ -193,11 +188,7 @@ class Backlog:
         )
 
     def _sweep_dead(self, limit: int) -> int:
-        lapsed = sa.and_(
-            _chunks.state == ChunkState.RUNNING,
-            _chunks.lease_until < moves.now,
-            _chunks.attempts >= self.max_attempts,
-        )
+        lapsed = sa.and_(moves.lapsed(), _chunks.attempts >= self.max_attempts)
         with self.database.transaction() as connection:
             found = sa.select(_chunks.job_id).where(lapsed).limit(limit)
             jobs = moves.lock_jobs(connection, _jobs.id.in_(found), skip=True)

@@ -44,17 +44,7 @@ class Chunks:
                 .where(
                     _chunks.id.in_(wanted),
                     _chunks.job_id == _jobs.id,
-                    sa.or_(
-                        sa.and_(
-                            _chunks.state.in_([ChunkState.QUEUED, ChunkState.RELEASED]),
-                            _chunks.not_before <= moves.now,
-                        ),
-                        sa.and_(
-                            _chunks.state == ChunkState.RUNNING, _chunks.lease_until < moves.now
-                        ),
-                    ),
-                    _chunks.attempts < self.max_attempts,
-                    sa.or_(_jobs.deadline_at > moves.now, _chunks.kind == ChunkKind.FINALIZE),
+                    moves.claimable(self.max_attempts),
                 )
                 .values(
                     state=ChunkState.RUNNING.value,
@@ -174,8 +164,7 @@ class Chunks:
                     sa.update(tables.chunks)
                     .where(
                         _chunks.id == values.c.id,
-                        _chunks.lease_token == values.c.token,
-                        _chunks.state == ChunkState.RUNNING,
+                        moves.fence(values.c.token),
                     )
                     .values(
                         state=ChunkState.DONE.value,

@@ -44,11 +44,39 @@ def seconds(value: float | sa.ColumnElement[Any]) -> Any:
     return sa.func.make_interval(0, 0, 0, 0, 0, 0, value)
 
 
+def fence(token: Any) -> sa.ColumnElement[bool]:
+    """Nobody newer than the claim of this token has claimed, ended or buried the chunk."""
+    return sa.and_(_chunks.lease_token == token, _chunks.state == ChunkState.RUNNING)
+
+
 def held(claims: Sequence[Claim]) -> sa.ColumnElement[bool]:
-    """The fence: these chunks, while nobody newer has claimed, ended or buried them."""
-    pairs = [(claim.id, claim.token) for claim in claims]
+    """Those chunks of these claims that are still theirs."""
+    tokens = sa.case({claim.id: claim.token for claim in claims}, value=_chunks.id)
+    return sa.and_(_chunks.id.in_([claim.id for claim in claims]), fence(tokens))
+
+
+def lapsed() -> sa.ColumnElement[bool]:
+    """Somebody ran the chunk, and fell silent."""
+    return sa.and_(_chunks.state == ChunkState.RUNNING, _chunks.lease_until < now)
+
+
+def claimable(max_attempts: int) -> sa.ColumnElement[bool]:
+    """A chunk that may be run now: open, not held, with attempts and time left."""
+    waiting = sa.and_(
+        _chunks.state.in_([ChunkState.QUEUED, ChunkState.RELEASED]), _chunks.not_before <= now
+    )
     return sa.and_(
-        sa.tuple_(_chunks.id, _chunks.lease_token).in_(pairs), _chunks.state == ChunkState.RUNNING
+        sa.or_(waiting, lapsed()),
+        _chunks.attempts < max_attempts,
+        sa.or_(_jobs.deadline_at > now, _chunks.kind == ChunkKind.FINALIZE),
+    )
+
+
+def unclaimed(hint_timeout: float) -> sa.ColumnElement[bool]:
+    """The outbox: a hint went out, and nobody came."""
+    return sa.and_(
+        _chunks.state == ChunkState.RELEASED,
+        _chunks.released_at < now - seconds(hint_timeout),
     )
 
 

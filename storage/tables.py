@@ -77,7 +77,10 @@ files = Table(
     _time("created_at", default=True),
     _time("expires_at"),
     _time("deleted_at"),
+    _time("purged_at"),
     Index("ix_files_list", "tenant_id", "id", postgresql_where=text("deleted_at IS NULL")),
+    # What retention looks for: files that are over, and whose bytes are still there.
+    Index("ix_files_expiry", "expires_at", postgresql_where=text("purged_at IS NULL")),
 )
 
 jobs = Table(
@@ -112,7 +115,12 @@ jobs = Table(
     _time("finalizing_at"),
     _time("cancelling_at"),
     _time("finished_at"),
+    # When retention took the input and the result; the rest of the row stays a while longer.
+    _time("purged_at"),
+    # The job whose dead letters this one runs again.
+    Column("redrive_of", UUID(as_uuid=True)),
     Index("ix_jobs_list", "tenant_id", "id"),
+    Index("ix_jobs_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
     Index(
         "ix_jobs_deadline",
         "deadline_at",
@@ -166,7 +174,10 @@ chunks = Table(
     _time("released_at"),
     _time("lease_until"),
     _time("finished_at"),
+    # A dead letter that runs again, and as which job.
+    Column("redriven_as", UUID(as_uuid=True)),
     UniqueConstraint("job_id", "seq"),
+    Index("ix_chunks_dead", "tenant_id", "id", postgresql_where=text("state = 'dead'")),
     # The pump walks the tenants of one class and takes each one's oldest rows.
     Index(
         "ix_chunks_queued",
@@ -217,3 +228,69 @@ realtime_records = Table(
     Index("ix_realtime_records_list", "tenant_id", "id"),
     postgresql_partition_by="RANGE (created_at)",
 )
+
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("tenant_id", ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True),
+    Column("route", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("fingerprint", LargeBinary, nullable=False),
+    Column("resource_id", UUID(as_uuid=True), nullable=False),
+    _time("created_at", default=True),
+    Index("ix_idempotency_keys_created_at", "created_at"),
+)
+"""What a client's `Idempotency-Key` made, written in the transaction that made it."""
+
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("id", UUID(as_uuid=True), primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id", ondelete="CASCADE"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("url", Text, nullable=False),
+    Column("events", JSON, nullable=False),
+    Column("generation", Integer, nullable=False, server_default=text("1")),
+    _time("rotated_at"),
+    _time("disabled_at"),
+    Column("disabled_why", Text),
+    _time("created_at", default=True),
+    Index("ix_webhooks_tenant", "tenant_id", "id"),
+)
+"""Where a tenant wants to hear of its jobs. Signing secrets are derived (of the deployment secret,
+the id and the generation), so that a copy of the table signs nothing."""
+
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("id", UUID(as_uuid=True), primary_key=True),
+    Column("webhook_id", ForeignKey("webhooks.id", ondelete="CASCADE"), nullable=False),
+    Column("tenant_id", ForeignKey("tenants.id", ondelete="CASCADE"), nullable=False),
+    Column("event", Text, nullable=False),
+    Column("job_id", UUID(as_uuid=True)),
+    Column("payload", JSON, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("attempts", Integer, nullable=False, server_default=text("0")),
+    Column("lease_token", BigInteger, nullable=False, server_default=text("0")),
+    Column("error", Text),
+    _time("created_at", default=True),
+    _time("not_before", default=True),
+    _time("lease_until"),
+    _time("finished_at"),
+    Index("ix_deliveries_due", "not_before", postgresql_where=text("state = 'pending'")),
+    Index("ix_deliveries_webhook", "webhook_id", "id"),
+)
+"""Events to be delivered: written in the transaction that ended the job, so that none is missed."""
+
+delivery_attempts = Table(
+    "delivery_attempts",
+    metadata,
+    Column("delivery_id", ForeignKey("deliveries.id", ondelete="CASCADE"), primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("status", Integer),
+    Column("error", Text),
+    Column("response", Text),
+    Column("duration_ms", Integer, nullable=False),
+    _time("created_at", default=True),
+)
+"""What came of each try."""
