@@ -16,16 +16,18 @@ TidegateError
 ├── Unavailable              try again later; carries the seconds to wait
 │   └── ModelNotReady        the model server is down, or the model is not loaded
 ├── DeadlineExceeded         the time the client gave is over
+├── Overran                  one attempt took longer than an attempt may
 ├── Cancelled                the client, or the ledger on its behalf, called it off
 └── ModelFailed              the model itself answered with an error
 
-An error carries a stable `code`, whether a later try may succeed (`retryable`), and the
-parameter it is about. What it means in HTTP is said once, in `web/error_handlers.py`.
+An error carries a stable `code` and the parameter it is about. Whether the durable lane tries
+again after it is said once, in `RETRIES` below; what it means in HTTP, in `web/error_handlers.py`.
 Errors cross the queue as `to_wire()` / `from_wire()`; unknown codes come back as the root.
 """
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any, ClassVar
 
 
@@ -33,7 +35,6 @@ class TidegateError(Exception):
     """The root. `message` is written for the client and never holds a traceback."""
 
     code: ClassVar[str] = "internal"
-    retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None):
         super().__init__(message)
@@ -43,6 +44,11 @@ class TidegateError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (type(self), self.message, self.param, self.retry_after))
+
+    @property
+    def retry(self) -> Retry:
+        """What the durable lane does after this error, by its nearest ancestor in `RETRIES`."""
+        return next(RETRIES[cls] for cls in type(self).__mro__ if cls in RETRIES)
 
     def to_wire(self) -> dict[str, Any]:
         """This error as a JSON object for the queue and the ledger."""
@@ -111,7 +117,6 @@ class TooLarge(TidegateError):
 
 class Unavailable(TidegateError):
     code = "unavailable"
-    retryable = True
 
 
 class ModelNotReady(Unavailable):
@@ -122,12 +127,44 @@ class DeadlineExceeded(TidegateError):
     code = "deadline_exceeded"
 
 
+class Overran(TidegateError):
+    code = "attempt_overran"
+
+
 class Cancelled(TidegateError):
     code = "cancelled"
 
 
 class ModelFailed(TidegateError):
     code = "model_failed"
+
+
+class Retry(Enum):
+    """What the durable lane does about a failed attempt."""
+
+    NEVER = "never"
+    """The same would happen again: the item, or the chunk, has failed."""
+    COUNTED = "counted"
+    """Another attempt may do better, but what was tried may be to blame: so many, and no more."""
+    FREE = "free"
+    """What was tried is not to blame (something it needs is away): until the deadline."""
+
+
+RETRIES: dict[type[TidegateError], Retry] = {
+    TidegateError: Retry.COUNTED,
+    BadRequest: Retry.NEVER,
+    Unauthenticated: Retry.NEVER,
+    Forbidden: Retry.NEVER,
+    NotFound: Retry.NEVER,
+    Conflict: Retry.NEVER,
+    Gone: Retry.NEVER,
+    TooLarge: Retry.NEVER,
+    Unavailable: Retry.FREE,
+    DeadlineExceeded: Retry.NEVER,
+    Overran: Retry.COUNTED,
+    Cancelled: Retry.NEVER,
+    ModelFailed: Retry.NEVER,
+}
 
 
 def _tree(cls: type[TidegateError]) -> list[type[TidegateError]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Final, Protocol
 
@@ -65,9 +65,11 @@ class ModelServer(Protocol):
         self,
         requests: Sequence[InferRequest],
         deadline: Deadline,
-        cancelled: CancelToken | None = None,
+        cancelled: Sequence[CancelToken] | None = None,
     ) -> list[Outcome]:
-        """Run requests together; the outcome of each, in their order. Raises nothing itself."""
+        """Run requests together; the outcome of each, in their order. Raises nothing itself.
+        `cancelled`: a token a request; one that shares its call with others is called off once they
+        all are, and its outcome is Cancelled at any rate."""
 
     def server_metadata(self, deadline: Deadline) -> Json:
         """`{name, version, extensions}`"""
@@ -117,18 +119,25 @@ class TritonServer:
     def infer(
         self, request: InferRequest, deadline: Deadline, cancelled: CancelToken | None = None
     ) -> InferResult:
-        result: InferResult = _value(self._infer_each([request], deadline, cancelled)[0])
+        tokens = None if cancelled is None else [cancelled]
+        result: InferResult = _value(self._infer_each([request], deadline, tokens)[0])
         return result
 
     def infer_many(
         self,
         requests: Sequence[InferRequest],
         deadline: Deadline,
-        cancelled: CancelToken | None = None,
+        cancelled: Sequence[CancelToken] | None = None,
     ) -> list[Outcome]:
         outcomes: list[Outcome | None] = [None] * len(requests)
         packs = self._plan(requests, deadline)
-        answers = self._infer_each([pack.request for pack in packs], deadline, cancelled)
+        tokens = None
+        if cancelled is not None:
+            tokens = [
+                CancelToken.all_of(cancelled[member.index] for member in pack.members)
+                for pack in packs
+            ]
+        answers = self._infer_each([pack.request for pack in packs], deadline, tokens)
         alone: list[int] = []
         for pack, answer in zip(packs, answers, strict=True):
             indexes = [member.index for member in pack.members]
@@ -146,9 +155,13 @@ class TritonServer:
                 outcomes[index] = share
         if alone:
             # One by one, so that a request the model fails at does not fail its neighbours.
-            again = self._infer_each([requests[at] for at in alone], deadline, cancelled)
+            tokens = None if cancelled is None else [cancelled[at] for at in alone]
+            again = self._infer_each([requests[at] for at in alone], deadline, tokens)
             for index, share in zip(alone, again, strict=True):
                 outcomes[index] = share
+        for index, token in enumerate(cancelled or ()):
+            if token.cancelled:
+                outcomes[index] = Cancelled(_TEXTS[Cancelled])
         assert None not in outcomes
         return [outcome for outcome in outcomes if outcome is not None]
 
@@ -217,7 +230,10 @@ class TritonServer:
     # Calling
 
     def _infer_each(
-        self, requests: Sequence[InferRequest], deadline: Deadline, cancelled: CancelToken | None
+        self,
+        requests: Sequence[InferRequest],
+        deadline: Deadline,
+        cancelled: Sequence[CancelToken] | None,
     ) -> list[Outcome]:
         messages = [_with_timeout(request_to_message(one), deadline) for one in requests]
         answers = self._call_each("ModelInfer", messages, deadline, cancelled)
@@ -240,7 +256,7 @@ class TritonServer:
         method: str,
         messages: Sequence[Any],
         deadline: Deadline,
-        cancelled: CancelToken | None,
+        cancelled: Sequence[CancelToken] | None,
     ) -> list[Any]:
         """The response or the error of each message, all sent at once.
 
@@ -251,7 +267,8 @@ class TritonServer:
         answers = self._send(method, messages, deadline, cancelled)
         lost = [at for at, answer in enumerate(answers) if isinstance(answer, _ConnectionLost)]
         if lost and self._reconnect(deadline):
-            again = self._send(method, [messages[at] for at in lost], deadline, cancelled)
+            tokens = None if cancelled is None else [cancelled[at] for at in lost]
+            again = self._send(method, [messages[at] for at in lost], deadline, tokens)
             for at, answer in zip(lost, again, strict=True):
                 answers[at] = answer
         return answers
@@ -261,29 +278,32 @@ class TritonServer:
         method: str,
         messages: Sequence[Any],
         deadline: Deadline,
-        cancelled: CancelToken | None,
+        cancelled: Sequence[CancelToken] | None,
     ) -> list[Any]:
         try:
             remaining = deadline.require()
-            if cancelled is not None:
-                cancelled.check()
         except TidegateError as error:
             return [error] * len(messages)
         call = getattr(self._connect(), method)
         if len(messages) == 1 and cancelled is None:
             # The blocking form spares a hand-over between threads; nobody can cancel it.
             return [_answer(lambda: call(messages[0], timeout=remaining))]
-        try:
-            futures = [call.future(message, timeout=remaining) for message in messages]
-        except ValueError:
-            return [_closed()] * len(messages)
-
-        def cancel_all() -> None:
-            for future in futures:
-                future.cancel()
-
-        with cancelled.calling(cancel_all) if cancelled is not None else nullcontext():
-            return [_answer(future.result) for future in futures]
+        with ExitStack() as calling:
+            results: list[Callable[[], Any]] = []
+            for at, message in enumerate(messages):
+                token = cancelled[at] if cancelled is not None else None
+                if token is not None and token.cancelled:
+                    results.append(token.check)
+                    continue
+                try:
+                    future = call.future(message, timeout=remaining)
+                except ValueError:
+                    results.append(_raise_closed)
+                    continue
+                if token is not None:
+                    calling.enter_context(token.calling(future.cancel))
+                results.append(future.result)
+            return [_answer(result) for result in results]
 
     def _connect(self) -> Any:
         with self._lock:
@@ -396,7 +416,7 @@ def translate(status: grpc.StatusCode, details: str) -> TidegateError:
         ERRORS[status],
     )
     message = _TEXTS.get(kind) or _clean(details) or str(status.value[1])
-    return kind(message, retry_after=RETRY_AFTER if kind.retryable else None)
+    return kind(message, retry_after=RETRY_AFTER if issubclass(kind, Unavailable) else None)
 
 
 def _clean(details: str) -> str:
@@ -410,6 +430,8 @@ def _clean(details: str) -> str:
 def _answer(result: Callable[[], Any]) -> Any:
     try:
         return result()
+    except TidegateError as error:
+        return error
     except grpc.FutureCancelledError:
         return Cancelled(_TEXTS[Cancelled])
     except grpc.RpcError as error:
@@ -421,6 +443,10 @@ def _answer(result: Callable[[], Any]) -> Any:
 def _closed() -> TidegateError:
     """For the ValueError by which gRPC says that the channel was closed under the call."""
     return Cancelled("the connection to the model server was closed")
+
+
+def _raise_closed() -> None:
+    raise _closed()
 
 
 def _read_result(message: Any) -> Outcome:

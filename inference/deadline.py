@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -59,6 +59,32 @@ class CancelToken:
             self._callbacks.clear()
         # Outside the lock: a callback may end a call whose owner then unregisters.
         for callback in callbacks:
+            callback()
+
+    @classmethod
+    def all_of(cls, tokens: Iterable[CancelToken]) -> CancelToken:
+        """A token that is cancelled once all of these are: what is done for several at once goes on
+        while one of them wants it."""
+        waiting = {id(token): token for token in tokens}
+        if len(waiting) == 1:
+            return next(iter(waiting.values()))
+        together = cls()
+
+        def one_less() -> None:
+            if all(token.cancelled for token in waiting.values()):
+                together.cancel()
+
+        for token in waiting.values():
+            token.then(one_less)
+        return together
+
+    def then(self, callback: Callable[[], object]) -> None:
+        """Run `callback` on `cancel`, at once if that has been called already."""
+        with self._lock:
+            late = self._cancelled
+            if not late:
+                self._callbacks[object()] = callback
+        if late:
             callback()
 
     def check(self) -> None:

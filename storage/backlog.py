@@ -12,7 +12,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from errors import ModelFailed
+from errors import ModelFailed, Unavailable
 from storage import fairness, moves, tables
 from storage.database import Database, Row
 from storage.lifecycle import ChunkKind, ChunkState, JobState, Priority
@@ -26,6 +26,10 @@ HINT_CHUNKS = 64
 """Most one-item chunks named by one hint: keeps the message far below 4 KiB."""
 LEAST_ROOM = 8 * HINT_CHUNKS
 """Room for hints in the broker, in shares of a hint, where nothing runs yet."""
+
+
+FILES_GRACE = 60.0
+"""Seconds after its deadline in which a batch's files may still be put together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +86,10 @@ class Backlog:
                     _chunks.id,
                     _chunks.model,
                     _chunks.version,
-                    _chunks.kind,
-                    _chunks.item_count.label("items"),
+                    (_ROOM == 1).label("shares"),
+                    sa.and_(_chunks.attempts > 0, _chunks.attempts >= self.max_attempts - 1).label(
+                        "alone"
+                    ),
                 )
             ).all()
         order = {chunk: place for place, chunk in enumerate(picked)}
@@ -102,16 +108,20 @@ class Backlog:
         self, connection: sa.Connection, group: str, priority: Priority, budget: int, room: int
     ) -> list[fairness.Waiting]:
         rows = connection.execute(
-            _CANDIDATES, {"group": group, "priority": int(priority), "limit": CANDIDATES}
+            _CANDIDATES,
+            {
+                "group": group,
+                "priority": int(priority),
+                "limit": CANDIDATES,
+                "whole": HINT_CHUNKS,
+            },
         ).all()
         if not rows:
             return []
         backlog: dict[UUID, list[fairness.Waiting]] = {}
         waiting: dict[int, fairness.Waiting] = {}
         for row in rows:
-            waiting[row.id] = fairness.Waiting(
-                row.id, row.items, 1 if row.items == 1 and row.kind == "infer" else HINT_CHUNKS
-            )
+            waiting[row.id] = fairness.Waiting(row.id, row.items, row.room)
             backlog.setdefault(row.tenant_id, []).append(waiting[row.id])
         share = tables.shares.c
         mine = sa.and_(share.group_name == group, share.priority == int(priority))
@@ -199,6 +209,28 @@ class Backlog:
             return len(moves.bury(connection, mine, error))
 
     def _sweep_deadlines(self, limit: int) -> int:
+        return self._expire(limit) + self._give_up(limit)
+
+    def _give_up(self, limit: int) -> int:
+        """Fail batches whose files nobody could put together though their time is over: a store
+        that stays away must not keep a job from its end."""
+        late = sa.and_(
+            _jobs.deadline_at < moves.now - moves.seconds(FILES_GRACE),
+            _jobs.state.in_([JobState.FINALIZING, JobState.CANCELLING]),
+        )
+        idle = sa.and_(
+            _chunks.kind == ChunkKind.FINALIZE,
+            _chunks.state.in_([ChunkState.QUEUED, ChunkState.RELEASED]),
+        )
+        with self.database.transaction() as connection:
+            jobs = moves.lock_jobs(connection, late, skip=True, limit=limit)
+            if not jobs:
+                return 0
+            mine = sa.and_(idle, _chunks.job_id.in_([job.id for job in jobs]))
+            error = Unavailable("its files could not be put together before its time was over")
+            return len(moves.bury(connection, mine, error))
+
+    def _expire(self, limit: int) -> int:
         with self.database.transaction() as connection:
             jobs = moves.lock_jobs(
                 connection,
@@ -215,12 +247,12 @@ class Backlog:
 
 
 def _hints(group: str, rows: Sequence[Row]) -> list[Hint]:
-    """One hint per chunk, but one-item chunks of one model version share hints."""
+    """One hint per chunk, but fresh one-item jobs of one model version share hints."""
     hints: list[Hint] = []
     singles: dict[tuple[str, str], list[int]] = {}
     for row in rows:
-        if row.kind != ChunkKind.INFER or row.items > 1:
-            hints.append(Hint(group, row.model, row.version, (row.id,)))
+        if not row.shares:
+            hints.append(Hint(group, row.model, row.version, (row.id,), alone=row.alone))
             continue
         waiting = singles.setdefault((row.model, row.version), [])
         waiting.append(row.id)
@@ -232,8 +264,14 @@ def _hints(group: str, rows: Sequence[Row]) -> list[Hint]:
 
 
 _ROOM = sa.case(
-    (sa.and_(_chunks.item_count == 1, _chunks.kind == ChunkKind.INFER), 1), else_=HINT_CHUNKS
+    # Only a one-item job reads no file. One that has failed before may take its company along.
+    (
+        sa.and_(_chunks.kind == ChunkKind.INFER, _chunks.byte_end == 0, _chunks.attempts == 0),
+        1,
+    ),
+    else_=HINT_CHUNKS,
 )
+"""What a chunk takes of a hint, in shares of `HINT_CHUNKS`."""
 
 # A loose index scan: one probe per tenant with work, then that tenant's oldest rows, so that the
 # cost follows the number of tenants and not the backlog.
@@ -250,11 +288,14 @@ _CANDIDATES = sa.text(
                  ORDER BY c.tenant_id LIMIT 1)
           FROM waiting WHERE waiting.tenant_id IS NOT NULL
     )
-    SELECT oldest.id, oldest.items, oldest.kind, tenants.id AS tenant_id, tenants.weight
+    SELECT oldest.id, oldest.items, oldest.room, tenants.id AS tenant_id, tenants.weight
       FROM waiting
       JOIN tenants ON tenants.id = waiting.tenant_id
      CROSS JOIN LATERAL (
-        SELECT c.id, c.item_count AS items, c.kind FROM chunks c
+        SELECT c.id, c.item_count AS items,
+               CASE WHEN c.kind = 'infer' AND c.byte_end = 0 AND c.attempts = 0
+                    THEN 1 ELSE :whole END AS room
+          FROM chunks c
          WHERE c.state = 'queued' AND c.group_name = :group AND c.priority = :priority
            AND c.tenant_id = waiting.tenant_id AND c.not_before <= now()
          ORDER BY c.id LIMIT :limit

@@ -12,7 +12,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from errors import TidegateError
+from errors import Retry, TidegateError
 from storage import moves, tables
 from storage.database import Database, Row
 from storage.files import FileRow, insert_file
@@ -83,12 +83,12 @@ class Chunks:
                 )
                 .values(started_at=moves.now)
             )
-        return [_claim(row) for row in rows]
+        return [_claim(row, self.max_attempts) for row in rows]
 
-    def renew(self, claims: Sequence[Claim]) -> set[int]:
-        """Lengthen leases; the ids that were lost to a newer owner, a cancel or a deadline."""
+    def renew(self, claims: Sequence[Claim]) -> None:
+        """Lengthen the leases of those of these claims that still hold."""
         if not claims:
-            return set()
+            return
         with self.database.transaction() as connection:
             # A row that somebody has locked is being committed or ended: no need to wait for it.
             connection.execute(
@@ -96,20 +96,25 @@ class Chunks:
                 .where(moves.some(moves.held(claims), limit=len(claims)))
                 .values(lease_until=moves.clock + moves.seconds(self.lease))
             )
+
+    def lost(self, claims: Sequence[Claim]) -> set[int]:
+        """The chunks of those claims that hold no more: a newer owner, a cancel or a deadline."""
+        if not claims:
+            return set()
+        with self.database.transaction() as connection:
             held = connection.execute(sa.select(_chunks.id).where(moves.held(claims))).scalars()
             return {claim.id for claim in claims} - set(held)
 
-    def retry(
-        self, claims: Sequence[Claim], error: TidegateError, delay: float, *, counted: bool = True
-    ) -> dict[int, Fate]:
+    def retry(self, claims: Sequence[Claim], error: TidegateError, delay: float) -> dict[int, Fate]:
         """Give chunks back after a failed attempt, to run again after `delay` seconds, or declare
-        them dead where their attempts are used up. `counted=False` takes the attempt back: the
-        chunk was not to blame (its model server was away)."""
+        them dead: as `errors.RETRIES` says of this error, and where attempts are used up."""
         if not claims:
             return {}
         fates = {claim.id: Fate.STALE for claim in claims}
-        spent = [claim for claim in claims if counted and claim.attempts >= self.max_attempts]
-        again = [claim for claim in claims if not counted or claim.attempts < self.max_attempts]
+        free = error.retry is Retry.FREE
+        over = error.retry is Retry.NEVER
+        spent = [claim for claim in claims if over or (claim.last and not free)]
+        again = [claim for claim in claims if not over and (free or not claim.last)]
         with self.database.transaction() as connection:
             moves.lock_jobs(connection, _jobs.id.in_({claim.job_id for claim in claims}))
             if again:
@@ -118,7 +123,7 @@ class Chunks:
                     .where(moves.held(again))
                     .values(
                         state=ChunkState.QUEUED.value,
-                        attempts=_chunks.attempts - (0 if counted else 1),
+                        attempts=_chunks.attempts - (1 if free else 0),
                         not_before=moves.clock + moves.seconds(delay),
                         lease_until=None,
                         error=error.to_wire(),
@@ -130,6 +135,46 @@ class Chunks:
                 dead = moves.bury(connection, moves.held(spent), error)
                 fates |= dict.fromkeys(dead, Fate.DEAD)
         return fates
+
+    def split(self, claim: Claim, plans: Sequence[ChunkPlan]) -> bool:
+        """Put smaller chunks in the place of one whose attempts failed, each with attempts of its
+        own, so that what is wrong with one of its items becomes the fate of that one only. `plans`
+        are its items, in order. False: somebody newer owns it."""
+        first, *rest = plans
+        with self.database.transaction() as connection:
+            moves.lock_jobs(connection, _jobs.id == claim.job_id)
+            shrunk = connection.execute(
+                sa.update(tables.chunks)
+                .where(moves.held([claim]))
+                .values(
+                    state=ChunkState.QUEUED.value,
+                    attempts=0,
+                    not_before=moves.clock,
+                    lease_until=None,
+                    item_count=first.items,
+                    first_line=first.first_line,
+                    byte_start=first.byte_start,
+                    byte_end=first.byte_end,
+                    duplicates=list(first.duplicates) or None,
+                )
+            ).rowcount
+            if not shrunk:
+                return False
+            job = connection.execute(
+                sa.update(tables.jobs)
+                .where(_jobs.id == claim.job_id)
+                .values(chunks_total=_jobs.chunks_total + len(rest))
+                .returning(*tables.jobs.c)
+            ).one()
+            start = job.chunks_total - len(rest) + 1
+            moves.insert_chunks(
+                connection,
+                [
+                    moves.chunk_row(job, seq=seq, kind=ChunkKind.INFER, plan=plan)
+                    for seq, plan in enumerate(rest, start=start)
+                ],
+            )
+            return True
 
     def commit(self, done: Sequence[Done]) -> set[int]:
         """Commit attempts at infer chunks: the ids that were still ours. The last chunk of a job
@@ -243,7 +288,8 @@ class Chunks:
                     ),
                 )
                 .where(_chunks.job_id == claim.job_id, _chunks.kind == ChunkKind.INFER)
-                .order_by(_chunks.seq)
+                # Not by `seq`: what a split made comes later, but stands between its neighbours.
+                .order_by(_chunks.first_line)
             ).all()
         return [ChunkOutput(**{**row._mapping, "state": ChunkState(row.state)}) for row in rows]
 
@@ -286,8 +332,9 @@ class Chunks:
             return True
 
 
-def _claim(row: Row) -> Claim:
+def _claim(row: Row, max_attempts: int) -> Claim:
     values = dict(row._mapping)
+    values["last"] = row.attempts >= max_attempts
     values["kind"] = ChunkKind(values["kind"])
     values["job_kind"] = JobKind(values["job_kind"])
     values["duplicates"] = tuple(values["duplicates"] or ())

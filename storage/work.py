@@ -47,6 +47,9 @@ class Hint:
     model: str
     version: str
     ids: tuple[int, ...]
+    alone: bool = False
+    """The last attempt of a chunk whose earlier ones failed, perhaps with their worker: nothing
+    else of the batch lane runs beside it, so that what it does happens to it alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +66,15 @@ class Claim:
     model: str
     version: str
     attempts: int
+    last: bool
+    """No attempt follows this one."""
     items: int
     first_line: int
     byte_start: int
     byte_end: int
     duplicates: tuple[int, ...]
     remaining: float
-    """Seconds to the job's deadline."""
+    """Seconds to the job's deadline, at the moment of the claim."""
     input: bytes | None
     input_key: str | None
     endpoint: str
@@ -125,7 +130,7 @@ class ChunkOutput:
 
 
 class Fate(enum.Enum):
-    """What becomes of a chunk whose attempt failed."""
+    """What becomes of a chunk whose attempt failed. See `errors.Retry`."""
 
     RETRIED = "retried"
     DEAD = "dead"

@@ -7,43 +7,47 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from errors import Cancelled, DeadlineExceeded, TidegateError, Unavailable
-from inference.client import CancelToken, Deadline
+from errors import Cancelled, Retry, TidegateError, Unavailable
 from inference.tensors import InferRequest, InferResult
 from storage.work import Claim
 from tasks.bootstrap import Services, WorkerServices
+from tasks.leases import Held
 
 log = structlog.get_logger(__name__)
 
 BACKOFF = 0.5
-MAX_BACKOFF = 30.0
-"""Seconds between attempts: the first, doubled each time, up to the last; half of it by chance."""
+MAX_BACKOFF = {Retry.COUNTED: 30.0, Retry.FREE: 4.0, Retry.NEVER: 0.0}
+"""Seconds between attempts: the first, doubled each time, up to the last; half of it by chance.
+Where something is away, soon enough to notice its return; the retry budget spares it the storm."""
 
 
-def guarded(services: Services, claims: Sequence[Claim], run: Callable[[], object]) -> None:
+def guarded(services: Services, held: Sequence[Held], run: Callable[[], object]) -> None:
     """Run; give the chunks back where it can't be finished."""
     try:
         run()
-    except Cancelled:
-        log.info("chunks called off", action="chunks.cancelled", chunks=len(claims))
     except TidegateError as error:
-        give_back(services, claims, error)
+        _settle(services, held, error)
     except Exception:
         log.exception("chunks failed", action="chunks.failed")
-        give_back(services, claims, TidegateError("the worker failed; its log says why"))
+        _settle(services, held, TidegateError("the worker failed; its log says why"))
+
+
+def _settle(services: Services, held: Sequence[Held], error: TidegateError) -> None:
+    for one in held:
+        give_back(services, [one.claim], one.blame(error))
 
 
 def give_back(services: Services, claims: Sequence[Claim], error: TidegateError) -> None:
     """Leave the chunks to a later attempt, or declare them dead where that was the last."""
-    # A model server or store that is away is not the chunk's fault: its attempt doesn't count, and
-    # the job's deadline bounds the waiting.
-    counted = not isinstance(error, Unavailable)
+    if isinstance(error, Cancelled):
+        log.info("chunks called off", action="chunks.cancelled", chunks=len(claims))
+        return
     # A token grows with every claim, those that don't count as attempts included.
     tries = max(claim.token for claim in claims)
-    ceiling = min(MAX_BACKOFF, BACKOFF * 2.0 ** min(tries, 10))
+    ceiling = min(MAX_BACKOFF[error.retry], BACKOFF * 2.0 ** min(tries, 10))
     delay = max(error.retry_after or 0.0, random.uniform(ceiling / 2, ceiling))
     try:
-        fates = services.chunks.retry(claims, error, delay, counted=counted)
+        fates = services.chunks.retry(claims, error, delay)
         log.warning(
             "chunks given back",
             action="chunks.retry",
@@ -55,11 +59,20 @@ def give_back(services: Services, claims: Sequence[Claim], error: TidegateError)
 
 
 def infer(
-    services: WorkerServices, requests: Sequence[InferRequest], remaining: float, token: CancelToken
+    services: WorkerServices, held: Sequence[Held], requests: Sequence[InferRequest]
 ) -> list[InferResult | TidegateError]:
-    """Run requests within so many seconds. Raises `DeadlineExceeded` where there are none left."""
+    """Run requests of one model, each for a chunk in `held`; what each came to, and where it did
+    not come to an end, what that means for its chunk."""
     if not requests:
         return []
-    if remaining <= 0:
-        raise DeadlineExceeded("the job's deadline passed while it waited")
-    return services.server.infer_many(requests, Deadline.after(remaining), token)
+    model = requests[0].model
+    if not services.budget.allow(model, again=any(one.claim.token > 1 for one in held)):
+        raise Unavailable("the model has failed too often of late", retry_after=1)
+    until = max((one.until for one in held), key=lambda deadline: deadline.at)
+    outcomes = services.server.infer_many(requests, until, [one.token for one in held])
+    away = any(isinstance(outcome, Unavailable) for outcome in outcomes)
+    services.budget.record(model, away=away)
+    return [
+        one.blame(outcome) if isinstance(outcome, TidegateError) else outcome
+        for one, outcome in zip(held, outcomes, strict=True)
+    ]

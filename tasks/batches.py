@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 
 import uuid_utils.compat as uuids
 
-from errors import BadTensor, Cancelled, DeadlineExceeded, ModelFailed, TidegateError
-from inference.client import CancelToken
+from errors import BadTensor, Cancelled, DeadlineExceeded, ModelFailed, Retry, TidegateError
 from inference.metadata import ModelSpec, check
 from inference.tensors import InferResult
 from storage import objects
 from storage.files import FileRow, file_key
 from storage.lifecycle import ChunkKind, ChunkState
-from storage.work import ChunkOutput, Claim, Done
+from storage.work import ChunkOutput, ChunkPlan, Claim, Done
 from tasks import attempts, batch_lines
 from tasks.bootstrap import Services, WorkerServices
+from tasks.leases import Held
 
 _UNDONE = {
     ChunkState.CANCELED: ("batch_cancelled", "the batch was cancelled before this line ran"),
@@ -27,10 +28,18 @@ _UNDONE = {
 }
 
 
-def run_control(services: Services, claim: Claim) -> None:
+def run(services: WorkerServices, held: Held) -> None:
+    """Run a claimed chunk of a batch."""
+    if held.claim.kind is not ChunkKind.INFER:
+        run_control(services, held)
+    else:
+        attempts.guarded(services, [held], functools.partial(_run_lines, services, held))
+
+
+def run_control(services: Services, held: Held) -> None:
     """Read a claimed batch's file in, or put its answers together: needs no model."""
-    run = _plan if claim.kind is ChunkKind.PLAN else _finalize
-    attempts.guarded(services, [claim], functools.partial(run, services, claim))
+    step = _plan if held.claim.kind is ChunkKind.PLAN else _finalize
+    attempts.guarded(services, [held], functools.partial(step, services, held.claim))
 
 
 def _plan(services: Services, claim: Claim) -> None:
@@ -51,8 +60,17 @@ def _plan(services: Services, claim: Claim) -> None:
         services.chunks.commit_plan(claim, plans)
 
 
-def run_lines(services: WorkerServices, claim: Claim, token: CancelToken) -> None:
+PIECES = 256
+"""Most chunks that one is split into: of up to as many lines, each becomes one."""
+
+
+def _run_lines(services: WorkerServices, held: Held) -> None:
     """Run one range of lines: outputs to one object, errors to another, then the commit."""
+    claim = held.claim
+    if claim.last and claim.items > 1 and claim.attempts > 1:
+        # Whatever makes it fail, or its worker, is in one of its lines.
+        services.chunks.split(claim, _pieces(services, claim))
+        return
     spec = services.models.spec(claim.model, claim.version)
     lines: list[batch_lines.Line] = []
     failed: list[bytes] = []
@@ -65,7 +83,7 @@ def run_lines(services: WorkerServices, claim: Claim, token: CancelToken) -> Non
                 batch_lines.error_line(request_id, bad.custom_id, number, bad.reason, bad.message)
             )
     outputs: list[bytes] = []
-    outcomes = attempts.infer(services, [line.request for line in lines], claim.remaining, token)
+    outcomes = attempts.infer(services, [held] * len(lines), [line.request for line in lines])
     for line, outcome in zip(lines, outcomes, strict=True):
         request_id = _request_id(claim, line.number)
         try:
@@ -74,7 +92,7 @@ def run_lines(services: WorkerServices, claim: Claim, token: CancelToken) -> Non
                 continue
         except TidegateError as error:
             outcome = error  # an answer that has no form in JSON
-        if outcome.retryable or isinstance(outcome, Cancelled | DeadlineExceeded):
+        if outcome.retry is not Retry.NEVER or isinstance(outcome, Cancelled | DeadlineExceeded):
             # Not this line's failure but the whole chunk's: nothing of it is committed.
             raise outcome
         failed.append(
@@ -91,6 +109,33 @@ def run_lines(services: WorkerServices, claim: Claim, token: CancelToken) -> Non
             )
         ]
     )
+
+
+def _pieces(services: Services, claim: Claim) -> list[ChunkPlan]:
+    """The chunk's lines in up to `PIECES` parts."""
+    per_piece = math.ceil(claim.items / PIECES)
+    plans: list[ChunkPlan] = []
+    blocks = services.objects.stream(claim.file_key, claim.byte_start, claim.byte_end)
+    found = objects.lines(blocks, services.settings.max_line_bytes)
+    lines = [
+        (number, claim.byte_start + offset)
+        for number, (offset, text) in enumerate(found, start=claim.first_line)
+        if text.strip()
+    ]
+    for at in range(0, len(lines), per_piece):
+        piece = lines[at : at + per_piece]
+        numbers = [number for number, _ in piece]
+        end = lines[at + per_piece][1] if at + per_piece < len(lines) else claim.byte_end
+        plans.append(
+            ChunkPlan(
+                items=len(piece),
+                first_line=numbers[0],
+                byte_start=piece[0][1],
+                byte_end=end,
+                duplicates=tuple(set(numbers).intersection(claim.duplicates)),
+            )
+        )
+    return plans
 
 
 def _parse(

@@ -11,6 +11,7 @@ from inference.client import ModelServer, TritonServer
 from storage.backlog import Backlog
 from storage.chunks import Chunks
 from storage.database import Database
+from storage.dead_letters import DeadLetters
 from storage.files import Files
 from storage.ids import IdMint
 from storage.jobs import Jobs
@@ -18,9 +19,11 @@ from storage.keys import Keys
 from storage.objects import DirectoryStore, ObjectStore
 from storage.records import Records
 from storage.redis_state import RedisState
+from tasks.budget import RetryBudget
 from tasks.leases import Leases
 from tasks.models import Models
 from tasks.pump import Pump
+from tasks.slots import Slots, Watchdog
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class Services:
     database: Database
     jobs: Jobs
     chunks: Chunks
+    dead_letters: DeadLetters
     backlog: Backlog
     files: Files
     keys: Keys
@@ -56,8 +60,12 @@ class WorkerServices(Services):
     server: ModelServer
     models: Models
     leases: Leases
+    slots: Slots
+    watchdog: Watchdog
+    budget: RetryBudget
 
     def close(self) -> None:
+        self.watchdog.stop()
         self.leases.stop()
         self.server.close()
         Services.close(self)
@@ -77,6 +85,7 @@ def build_services(settings: Settings, *, pool_size: int = 8, **overrides: Any) 
     made: dict[str, Any] = {
         "jobs": Jobs(database),
         "chunks": Chunks(database, lease=settings.lease, max_attempts=settings.max_attempts),
+        "dead_letters": DeadLetters(database),
         "backlog": backlog,
         "files": Files(database),
         "keys": Keys(database, settings.secret),
@@ -109,8 +118,18 @@ def build_worker_services(
         group=group or settings.group,
         server=server,
         models=Models(server, ttl=settings.catalog_ttl),
-        # Often enough that a job called off frees its slot within a second or so.
-        leases=Leases(base.chunks, every=min(1.0, settings.lease / 3)),
+        leases=build_leases(base),
+        slots=Slots(),
+        watchdog=Watchdog(),
+        budget=RetryBudget(),
+    )
+
+
+def build_leases(services: Services) -> Leases:
+    """The leases of one process that runs chunks."""
+    settings = services.settings
+    return Leases(
+        services.chunks, every=settings.lease / 3, attempt_timeout=settings.attempt_timeout
     )
 
 

@@ -9,59 +9,76 @@ from collections.abc import Sequence
 import structlog
 from celery import shared_task
 
-from errors import TidegateError, Unavailable
+from errors import Cancelled, Retry, TidegateError, Unavailable
 from inference import frames
-from inference.client import CancelToken
 from inference.tensors import InferRequest, InferResult
-from storage.lifecycle import ChunkKind, JobKind
+from storage.lifecycle import JobKind
 from storage.work import Claim, Done
 from tasks import attempts, batches, messages
 from tasks.bootstrap import WorkerServices, worker_services
+from tasks.leases import Held
 
 log = structlog.get_logger(__name__)
 
+GRACE = 60.0
+"""Seconds that an attempt which was called off may take to come back."""
+
 
 @shared_task(name=messages.CHUNKS)
-def run_chunks(ids: list[int]) -> None:
+def run_chunks(ids: list[int], alone: bool = False) -> None:
     """Claim what may still be claimed of these chunks, run it, commit it."""
     services = worker_services()
-    claims = services.chunks.claim(ids, services.name)
-    if not claims:
-        log.info("nothing to claim", action="chunks.none", chunks=len(ids))
-        return
-    with services.leases.holding(claims) as token:
-        singles = [claim for claim in claims if claim.job_kind is JobKind.INFER]
-        if singles:
-            run = functools.partial(_run_singles, services, singles, token)
-            attempts.guarded(services, singles, run)
-        for claim in claims:
-            if claim.kind is not ChunkKind.INFER:
-                batches.run_control(services, claim)
-            elif claim.job_kind is JobKind.BATCH:
-                run = functools.partial(batches.run_lines, services, claim, token)
-                attempts.guarded(services, [claim], run)
+    with services.slots.taken(alone=alone):
+        claims = _claim(services, ids, alone=alone)
+        if not claims:
+            log.info("nothing to claim", action="chunks.none", chunks=len(ids))
+            return
+        limit = services.settings.attempt_timeout + GRACE
+        with (
+            services.watchdog.watching(messages.CHUNKS, limit),
+            services.leases.holding(claims) as held,
+        ):
+            singles = [one for one in held if one.claim.job_kind is JobKind.INFER]
+            if singles:
+                run = functools.partial(_run_singles, services, singles)
+                attempts.guarded(services, singles, run)
+            for one in held:
+                if one.claim.job_kind is JobKind.BATCH:
+                    batches.run(services, one)
     services.pump.kick(services.group)
 
 
-def _run_singles(services: WorkerServices, claims: Sequence[Claim], token: CancelToken) -> None:
+def _claim(services: WorkerServices, ids: Sequence[int], *, alone: bool) -> list[Claim]:
+    claims = services.chunks.claim(ids, services.name)
+    if alone or services.settings.max_attempts == 1:
+        return claims
+    # An old hint can name, among others, what should run alone by now: it gets a hint of its own.
+    company = [claim for claim in claims if claim.last and claim.items == 1]
+    if company:
+        services.chunks.retry(company, Unavailable("to be run alone"), 0.0)
+    return [claim for claim in claims if claim not in company]
+
+
+def _run_singles(services: WorkerServices, held: Sequence[Held]) -> None:
     """One-item jobs, run as few Triton calls and committed in one transaction. What goes wrong with
     one of them, at any step, is that one's alone."""
-    ready: list[tuple[Claim, InferRequest]] = []
+    ready: list[tuple[Held, InferRequest]] = []
     done: list[Done] = []
-    for claim in claims:
+    for one in held:
         try:
-            ready.append((claim, _single_request(services, claim)))
+            ready.append((one, _single_request(services, one.claim)))
         except TidegateError as error:
-            _settle(services, claim, error, done)
-    remaining = max((claim.remaining for claim, _ in ready), default=0.0)
-    outcomes = attempts.infer(services, [request for _, request in ready], remaining, token)
-    for (claim, _), outcome in zip(ready, outcomes, strict=True):
+            _settle(services, one.claim, error, done)
+    outcomes = attempts.infer(
+        services, [one for one, _ in ready], [request for _, request in ready]
+    )
+    for (one, _), outcome in zip(ready, outcomes, strict=True):
         try:
             if isinstance(outcome, TidegateError):
                 raise outcome
-            done.append(_keep(services, claim, outcome))
+            done.append(_keep(services, one.claim, outcome))
         except TidegateError as error:
-            _settle(services, claim, error, done)
+            _settle(services, one.claim, error, done)
     try:
         services.chunks.commit(done)
     except Unavailable:
@@ -69,15 +86,18 @@ def _run_singles(services: WorkerServices, claims: Sequence[Claim], token: Cance
     except Exception:
         # One row that the database refuses must not take its neighbours along.
         log.exception("commit refused; one by one", action="chunks.commit")
+        by_claim = {one.claim.id: one for one in held}
         for item in done:
             attempts.guarded(
-                services, [item.claim], functools.partial(services.chunks.commit, [item])
+                services,
+                [by_claim[item.claim.id]],
+                functools.partial(services.chunks.commit, [item]),
             )
 
 
 def _settle(services: WorkerServices, claim: Claim, error: TidegateError, done: list[Done]) -> None:
     """A one-item job that came to an error: for another try, or for good."""
-    if error.retryable:
+    if error.retry is not Retry.NEVER or isinstance(error, Cancelled):
         attempts.give_back(services, [claim], error)
     else:
         done.append(Done(claim, items_ok=0, items_failed=1, error=error))

@@ -1,67 +1,151 @@
-"""Keeps the leases of running chunks alive, and tells their runners when one is lost."""
+"""Keeps the leases of running chunks alive, and calls off what should not run any longer."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import structlog
 
-from errors import Unavailable
-from inference.client import CancelToken
+from errors import Cancelled, DeadlineExceeded, Overran, TidegateError, Unavailable
+from inference.client import CancelToken, Deadline
 from storage.chunks import Chunks
 from storage.work import Claim
 
 log = structlog.get_logger(__name__)
 
+LOOK = 0.25
+"""Seconds between two looks at whether what runs should still run: a job called off frees its slot
+within a second."""
+
+
+@dataclass(slots=True)
+class Held:
+    """A chunk that this process runs."""
+
+    claim: Claim
+    deadline: Deadline
+    """The job's."""
+    limit: Deadline
+    """When this attempt has taken longer than an attempt may."""
+    token: CancelToken = field(default_factory=CancelToken)
+    why: TidegateError | None = None
+    """Why it was called off. Cancelled: the chunk is somebody else's, or nobody's, by now."""
+
+    @property
+    def until(self) -> Deadline:
+        return min(self.deadline, self.limit, key=lambda deadline: deadline.at)
+
+    def call_off(self, why: TidegateError) -> None:
+        if self.why is None:
+            self.why = why
+            self.token.cancel()
+
+    def blame(self, error: TidegateError) -> TidegateError:
+        """What a call that ended with `error` means for the chunk."""
+        if not isinstance(error, Cancelled | DeadlineExceeded):
+            return error
+        if self.why is not None:
+            return self.why
+        if self.deadline.expired():
+            return DeadlineExceeded("the job's deadline passed")
+        if self.limit.expired():
+            return _overran()
+        # Nobody here called it off: the model server's own time limit, or the connection's end.
+        return Unavailable("the model server gave it up before its time", retry_after=1)
+
+
+def _overran() -> Overran:
+    return Overran("the attempt took longer than an attempt may")
+
 
 class Leases:
-    """One thread that renews all leases of this process, `every` so many seconds."""
+    """One thread for all leases of this process."""
 
-    def __init__(self, chunks: Chunks, every: float):
+    def __init__(
+        self,
+        chunks: Chunks,
+        *,
+        every: float,
+        attempt_timeout: float,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Renew `every` so many seconds; call an attempt off after `attempt_timeout`."""
         self._chunks = chunks
         self._every = every
-        self._held: dict[tuple[int, int], tuple[Claim, CancelToken]] = {}
+        self._attempt_timeout = attempt_timeout
+        self._clock = clock
+        self._renewed = clock()
+        self._held: dict[tuple[int, int], Held] = {}
         self._lock = threading.Lock()
         self._stopping = threading.Event()
+        self._draining: TidegateError | None = None
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def holding(self, claims: Sequence[Claim]) -> Iterator[CancelToken]:
-        """Renew these while the block runs. The token is cancelled once none of them is ours any
-        more: cancelled, expired, or taken over by a newer attempt."""
-        token = CancelToken()
+    def holding(self, claims: Sequence[Claim]) -> Iterator[list[Held]]:
+        """Renew these, which have just been claimed, while the block runs."""
+        limit = Deadline.after(self._attempt_timeout, self._clock)
+        held = [
+            Held(claim, Deadline.after(claim.remaining, self._clock), limit) for claim in claims
+        ]
         with self._lock:
-            self._held |= {(claim.id, claim.token): (claim, token) for claim in claims}
+            self._held |= {(one.claim.id, one.claim.token): one for one in held}
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
                 self._thread.start()
+        if self._draining is not None:
+            for one in held:
+                one.call_off(self._draining)
         try:
-            yield token
+            yield held
         finally:
             with self._lock:
                 for claim in claims:
                     self._held.pop((claim.id, claim.token), None)
 
-    def renew(self) -> None:
-        """One round."""
+    def drain(self) -> None:
+        """Call off what still runs, to be given back: this process is about to end."""
+        self._draining = Unavailable("the worker is stopping")
+        for one in self._all():
+            one.call_off(self._draining)
+
+    def _all(self) -> list[Held]:
         with self._lock:
-            held = dict(self._held)
-        if not held:
-            return
-        lost = self._chunks.renew([claim for claim, _ in held.values()])
-        living = {id(token) for claim, token in held.values() if claim.id not in lost}
-        for claim, token in held.values():
-            if claim.id in lost:
-                log.info("lease lost", action="lease.lost", chunk=claim.id, job=str(claim.job_id))
-                if id(token) not in living:
-                    token.cancel()
+            return list(self._held.values())
+
+    def renew(self) -> None:
+        """Lengthen the leases. Not of what has overrun: should its runner never come back, somebody
+        else may have it."""
+        self._renewed = self._clock()
+        self._chunks.renew([one.claim for one in self._all() if not one.limit.expired()])
+
+    def look(self) -> None:
+        """Call off what is lost, or has taken too long."""
+        running = self._all()
+        for one in running:
+            if one.limit.expired():
+                one.call_off(_overran())
+        lost = self._chunks.lost([one.claim for one in running])
+        for one in running:
+            if one.claim.id in lost and self._is_held(one):
+                log.info("lease lost", action="lease.lost", chunk=one.claim.id)
+                one.call_off(Cancelled("the chunk is not this attempt's any more"))
+
+    def _is_held(self, one: Held) -> bool:
+        """Or has it just been committed?"""
+        with self._lock:
+            return (one.claim.id, one.claim.token) in self._held
 
     def _run(self) -> None:
-        while not self._stopping.wait(self._every):
+        while not self._stopping.wait(min(LOOK, self._every)):
             try:
-                self.renew()
+                if self._clock() - self._renewed >= self._every:
+                    self.renew()
+                self.look()
             except Unavailable as error:
                 log.warning("leases not renewed", action="lease.unrenewed", error=error.message)
             except Exception:

@@ -17,7 +17,9 @@ log = structlog.get_logger(__name__)
 
 def publish(hint: Hint) -> None:
     """Tell the group's workers that these chunks may be claimed."""
-    messages.send(messages.CHUNKS, messages.batch_queue(hint.group), ids=list(hint.ids))
+    messages.send(
+        messages.CHUNKS, messages.batch_queue(hint.group), ids=list(hint.ids), alone=hint.alone
+    )
 
 
 class Pump:

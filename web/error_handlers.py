@@ -38,6 +38,7 @@ STATUS: dict[type[TidegateError], int] = {
     errors.Unavailable: 503,
     errors.ModelNotReady: 503,
     errors.DeadlineExceeded: 504,
+    errors.Overran: 504,
 }
 
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}

@@ -17,7 +17,7 @@ from typing import Any
 import click
 import structlog
 from celery import Celery, bootsteps
-from celery.signals import celeryd_init, worker_init, worker_shutdown
+from celery.signals import celeryd_init, worker_init, worker_shutdown, worker_shutting_down
 from kombu import Consumer
 from kombu.common import ignore_errors
 
@@ -31,6 +31,8 @@ log = structlog.get_logger(__name__)
 PRESENCE_EVERY = 2.0
 PRESENCE_TTL = 8
 """Seconds: a gateway stops sending to a group this long after its last worker fell silent."""
+DRAIN = 10.0
+"""Seconds in which a worker that was told to stop ends what it runs; then it gives it back."""
 
 
 def extend(app: Celery) -> None:
@@ -93,6 +95,14 @@ def _pin(sender: Any, **_: Any) -> None:
         bootstrap.build_worker_services(settings, name=sender.hostname, gpu=gpu, group=group)
     )
     log.info("worker pinned", action="worker.pinned", gpu=gpu, group=group, node=sender.hostname)
+
+
+@worker_shutting_down.connect
+def _drain(**_: Any) -> None:
+    """On SIGTERM nothing new is taken; what still runs after a while is handed back."""
+    timer = threading.Timer(DRAIN, bootstrap.worker_services().leases.drain)
+    timer.daemon = True
+    timer.start()
 
 
 @worker_shutdown.connect

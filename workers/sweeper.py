@@ -19,7 +19,7 @@ import structlog
 import config
 from errors import Unavailable
 from tasks import batches
-from tasks.bootstrap import Services, build_services
+from tasks.bootstrap import Services, build_leases, build_services
 from tasks.leases import Leases
 from workers import logs
 from workers.app import build_app
@@ -52,8 +52,8 @@ def finish(services: Services, leases: Leases, worker: str) -> int:
         # One at a time: a lease begins with the claim, not with its turn.
         for claim in services.chunks.claim([chunk], worker):
             log.info("stranded", action="sweep.stranded", chunk=chunk, job=str(claim.job_id))
-            with leases.holding([claim]):
-                batches.run_control(services, claim)
+            with leases.holding([claim]) as (held,):
+                batches.run_control(services, held)
             done += 1
     return done
 
@@ -84,7 +84,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     log.info("sweeping", action="sweeper.started", every=settings.sweep_interval)
-    leases = Leases(services.chunks, every=settings.lease / 3)
+    leases = build_leases(services)
     name = f"sweeper@{socket.gethostname()}"
     # Putting a large batch together takes its time; leases and deadlines don't wait for it.
     threads = [

@@ -151,7 +151,8 @@ def test_renewing_keeps_a_lease_and_names_what_was_lost(ledger: Ledger) -> None:
     submit(ledger, 2)
     kept, lost = claimed(ledger)
     ledger.jobs.cancel(ledger.tenant, lost.job_id)
-    assert ledger.chunks.renew([kept, lost]) == {lost.id}
+    ledger.chunks.renew([kept, lost])
+    assert ledger.chunks.lost([kept, lost]) == {lost.id}
     assert ledger.backlog.sweep().leases == 0
 
 
@@ -173,7 +174,7 @@ def test_a_retry_waits_for_its_delay_and_counts_unless_the_server_was_away(ledge
     submit(ledger)
     (claim,) = claimed(ledger)
     error = ModelNotReady("away")
-    assert ledger.chunks.retry([claim], error, 3600, counted=False) == {claim.id: Fate.RETRIED}
+    assert ledger.chunks.retry([claim], error, 3600) == {claim.id: Fate.RETRIED}
     assert claimed(ledger) == []
     ledger.sql("UPDATE chunks SET not_before = now() WHERE id = :id", id=claim.id)
     (again,) = claimed(ledger)

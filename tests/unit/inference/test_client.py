@@ -223,7 +223,7 @@ def test_a_model_that_mixes_rows_up_is_asked_one_by_one() -> None:
 def test_cancel_ends_all_of_many(fake: FakeTriton, server: TritonServer) -> None:
     token = CancelToken()
     once(lambda: fake.counts("identity").received == 2, token.cancel)
-    outcomes = server.infer_many([SLOW, SLOW], soon(), token)
+    outcomes = server.infer_many([SLOW, SLOW], soon(), [token, token])
     assert [type(one) for one in outcomes] == [Cancelled, Cancelled]
     until(lambda: fake.counts("identity").cancelled == 2)
 
@@ -273,7 +273,7 @@ def test_every_status_of_grpc_has_an_error_of_ours() -> None:
     for status in ERRORS:
         error = translate(status, "why")
         assert isinstance(error, TidegateError)
-        assert error.retryable == (error.retry_after is not None)
+        assert isinstance(error, Unavailable) == (error.retry_after is not None)
 
 
 @pytest.mark.parametrize(
