@@ -54,7 +54,7 @@ class Settings:
     """Batch hints one GPU worker runs at a time."""
 
     # Ledger
-    lease: float = 30.0
+    lease: float = 8.0
     """A claimed chunk that is silent this long belongs to whoever claims it next."""
     max_attempts: int = 3
     """Claims of one chunk, crashes included, before it is a dead letter."""
@@ -63,7 +63,7 @@ class Settings:
     attempt_timeout: float = 600.0
     """The longest one attempt at a chunk may take. Past it its calls are cancelled and the attempt
     counts as failed; a worker whose slot does not come back even then ends itself."""
-    hint_timeout: float = 10.0
+    hint_timeout: float = 5.0
     """A released chunk nobody claimed for this long is released again."""
     pump_credit: int = 4096
     """Items per group that may wait in the broker: a few seconds of work."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from errors import Cancelled, Retry, TidegateError, Unavailable
+from errors import Cancelled, DeadlineExceeded, Retry, TidegateError, Unavailable
 from inference.tensors import InferRequest, InferResult
 from storage.work import Claim
 from tasks.bootstrap import Services, WorkerServices
@@ -39,7 +39,8 @@ def _settle(services: Services, held: Sequence[Held], error: TidegateError) -> N
 
 def give_back(services: Services, claims: Sequence[Claim], error: TidegateError) -> None:
     """Leave the chunks to a later attempt, or declare them dead where that was the last."""
-    if isinstance(error, Cancelled):
+    if isinstance(error, Cancelled | DeadlineExceeded):
+        # Somebody else's by now, or about to be ended by the sweep.
         log.info("chunks called off", action="chunks.cancelled", chunks=len(claims))
         return
     # A token grows with every claim, those that don't count as attempts included.

@@ -44,22 +44,22 @@ class Held:
             self.why = why
             self.token.cancel()
 
+    def judge(self) -> None:
+        """Call it off where its time is over."""
+        if self.deadline.expired():
+            self.call_off(DeadlineExceeded("the job's deadline passed"))
+        elif self.limit.expired():
+            self.call_off(Overran("the attempt took longer than an attempt may"))
+
     def blame(self, error: TidegateError) -> TidegateError:
         """What a call that ended with `error` means for the chunk."""
         if not isinstance(error, Cancelled | DeadlineExceeded):
             return error
+        self.judge()
         if self.why is not None:
             return self.why
-        if self.deadline.expired():
-            return DeadlineExceeded("the job's deadline passed")
-        if self.limit.expired():
-            return _overran()
         # Nobody here called it off: the model server's own time limit, or the connection's end.
         return Unavailable("the model server gave it up before its time", retry_after=1)
-
-
-def _overran() -> Overran:
-    return Overran("the attempt took longer than an attempt may")
 
 
 class Leases:
@@ -125,10 +125,9 @@ class Leases:
 
     def look(self) -> None:
         """Call off what is lost, or has taken too long."""
-        running = self._all()
-        for one in running:
-            if one.limit.expired():
-                one.call_off(_overran())
+        for one in self._all():
+            one.judge()
+        running = [one for one in self._all() if one.why is None]
         lost = self._chunks.lost([one.claim for one in running])
         for one in running:
             if one.claim.id in lost and self._is_held(one):

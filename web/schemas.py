@@ -7,11 +7,13 @@ from typing import Any
 
 from marshmallow import EXCLUDE, RAISE, Schema, ValidationError, fields, validate
 
-from storage.lifecycle import JobKind, JobState, Priority
+from storage.lifecycle import ChunkKind, JobKind, JobState, Priority
 
 _WINDOW = re.compile(r"([0-9]{1,6})(s|m|h|d)")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 MAX_WINDOW = 30 * 86_400
+MOST_REDRIVEN = 1000
+"""Dead letters one call runs again."""
 PRIORITIES = tuple(priority.name.lower() for priority in Priority)
 
 
@@ -43,6 +45,13 @@ def _metadata() -> fields.Field[Any]:
     )
 
 
+def _deadline() -> fields.Float:
+    return fields.Float(
+        validate=validate.Range(min=0, min_inclusive=False, max=MAX_WINDOW),
+        metadata={"description": "Seconds until the job must have ended; then it expires."},
+    )
+
+
 class JobSubmit(Schema):
     """One inference to run in the background."""
 
@@ -56,11 +65,37 @@ class JobSubmit(Schema):
         metadata={"description": "An Open Inference Protocol infer request, as JSON."},
     )
     priority = fields.String(load_default="normal", validate=validate.OneOf(PRIORITIES))
-    deadline = fields.Float(
-        validate=validate.Range(min=0, min_inclusive=False, max=MAX_WINDOW),
-        metadata={"description": "Seconds until the job must have ended; then it expires."},
-    )
+    deadline = _deadline()
     metadata = _metadata()
+
+
+class Redrive(Schema):
+    """How to run a dead letter again."""
+
+    class Meta:
+        unknown = RAISE
+
+    deadline = _deadline()
+
+
+class Letters(Schema):
+    """Which dead letters."""
+
+    class Meta:
+        unknown = RAISE
+
+    job_id = fields.String()
+    model = fields.String()
+    code = fields.String(metadata={"description": "The `error.code` they died of."})
+
+
+class RedriveMany(Redrive):
+    """Which dead letters to run again; an empty filter is all of them."""
+
+    filter = fields.Nested(Letters, required=True)
+    limit = fields.Integer(
+        load_default=MOST_REDRIVEN, strict=True, validate=validate.Range(min=1, max=MOST_REDRIVEN)
+    )
 
 
 class OutputExpiry(Schema):
@@ -117,7 +152,56 @@ class Job(Schema):
     expires_at = fields.DateTime()
     metrics = fields.Dict()
     metadata = fields.Dict()
+    redrive_of = fields.UUID(
+        allow_none=True, metadata={"description": "The job whose dead letters this one runs again."}
+    )
     urls = fields.Dict()
+
+
+class DeadLetter(Schema):
+    """A part of a job that was given up."""
+
+    id = fields.String()
+    object = fields.Constant("dead_letter")
+    job_id = fields.UUID()
+    job_kind = fields.String(validate=validate.OneOf([kind.value for kind in JobKind]))
+    step = fields.String(
+        validate=validate.OneOf([kind.value for kind in ChunkKind]),
+        metadata={"description": "Reading the file in, running items, or putting answers together"},
+    )
+    model = fields.String()
+    version = fields.String(allow_none=True)
+    first_line = fields.Integer(allow_none=True)
+    items = fields.Integer()
+    attempts = fields.Integer()
+    worker = fields.String(allow_none=True)
+    error = fields.Dict()
+    created_at = fields.DateTime()
+    died_at = fields.DateTime()
+    redriven_as = fields.UUID(allow_none=True)
+    urls = fields.Dict()
+
+
+class DeadLetterPage(Schema):
+    """Dead letters, newest first; `after=last_id` gives the next ones."""
+
+    object = fields.Constant("list")
+    data = fields.List(fields.Nested(DeadLetter))
+    first_id = fields.String(allow_none=True)
+    last_id = fields.String(allow_none=True)
+    has_more = fields.Boolean()
+
+
+class Redriven(Schema):
+    """What a bulk redrive made."""
+
+    object = fields.Constant("redrive")
+    letters = fields.Integer()
+    jobs = fields.List(fields.UUID())
+    gone = fields.List(
+        fields.String(), metadata={"description": "Letters whose input is not kept any more."}
+    )
+    has_more = fields.Boolean()
 
 
 class JobPage(Schema):

@@ -8,6 +8,7 @@ from typing import Any
 from uuid import UUID
 
 from storage import ids
+from storage.dead_letters import Redriven
 from storage.files import FileRow
 from storage.lifecycle import JobKind, JobState, Priority
 
@@ -59,7 +60,49 @@ def job(row: Any) -> dict[str, Any]:
             "total_ms": _milliseconds(row.created_at, row.finished_at),
         },
         "metadata": row.metadata or {},
+        "redrive_of": str(row.redrive_of) if row.redrive_of else None,
         "urls": urls,
+    }
+
+
+def letter_id(value: int) -> str:
+    return f"dl_{value}"
+
+
+def dead_letter(row: Any) -> dict[str, Any]:
+    """A chunk that was given up. `lines` is the range of the batch's file, blank ones included."""
+    path = f"/v1/dead-letters/{letter_id(row.id)}"
+    urls = {"self": path, "redrive": f"{path}/redrive", "job": f"/v1/jobs/{row.job_id}"}
+    if row.redriven_as:
+        urls["redriven_as"] = f"/v1/jobs/{row.redriven_as}"
+    return {
+        "id": letter_id(row.id),
+        "object": "dead_letter",
+        "job_id": str(row.job_id),
+        "job_kind": row.job_kind,
+        "step": row.kind,
+        "model": row.model,
+        "version": row.version or None,
+        "first_line": row.first_line if row.byte_end else None,
+        "items": row.item_count,
+        "attempts": row.attempts,
+        "worker": row.worker,
+        "error": row.error,
+        "created_at": row.created_at,
+        "died_at": row.finished_at,
+        "redriven_as": str(row.redriven_as) if row.redriven_as else None,
+        "urls": urls,
+    }
+
+
+def redriven(made: Redriven) -> dict[str, Any]:
+    """What a bulk redrive made."""
+    return {
+        "object": "redrive",
+        "letters": made.letters,
+        "jobs": [str(job_id) for job_id in made.jobs],
+        "gone": [letter_id(letter) for letter in made.gone],
+        "has_more": made.more,
     }
 
 

@@ -16,10 +16,18 @@ import uuid_utils.compat as uuids
 from celery import current_app
 
 from config import Settings
-from errors import DeadlineExceeded, ModelFailed, ModelNotReady, TidegateError, Unavailable
+from errors import (
+    Cancelled,
+    DeadlineExceeded,
+    ModelFailed,
+    ModelNotReady,
+    TidegateError,
+    Unavailable,
+)
 from inference import frames
 from inference.fake import Delay, Fail, FakeTriton
 from inference.tensors import InferRequest, InferResult, Tensor
+from storage.dead_letters import LetterFilter
 from storage.files import FileRow, file_key
 from storage.work import Hint, NewBatch, NewJob
 from tasks import bootstrap, messages
@@ -49,7 +57,7 @@ class Worker:
             if not released:
                 return
             for hint in released:
-                run_chunks.apply(kwargs={"ids": list(hint.ids)}, throw=True)
+                run_chunks.apply(kwargs={"ids": list(hint.ids), "alone": hint.alone}, throw=True)
         raise AssertionError("the work does not end")
 
     def release(self) -> list[int]:
@@ -129,6 +137,7 @@ def worker(
     services.pump.stop()
     bootstrap.install(services)
     tenant = services.keys.tenant_of(services.keys.create(secrets.token_hex(4)))
+    fake.script("identity", [])
     yield Worker(services, fake, tenant, hints)
     services.close()
 
@@ -363,6 +372,132 @@ def test_a_job_cancelled_while_it_runs_is_called_off_at_the_model(worker: Worker
     assert not running.is_alive()
     assert worker.row(job).state == "canceled"
     until(lambda: worker.fake.counts("identity").cancelled == before + 1)
+
+
+def test_of_two_jobs_at_the_model_the_one_called_off_ends_alone(worker: Worker) -> None:
+    before = worker.fake.counts("identity").cancelled
+    kept, gone = (worker.submit(ints(n, n=n)) for n in range(2))
+    worker.fake.script("identity", [Delay(30), Delay(30)])
+    ids = worker.release()
+    running = threading.Thread(target=run_chunks.apply, kwargs={"kwargs": {"ids": ids}})
+    running.start()
+    until(lambda: worker.row(kept).state == worker.row(gone).state == "running")
+    worker.services.jobs.cancel(worker.tenant, gone)
+    until(lambda: worker.fake.counts("identity").cancelled == before + 1)
+    assert running.is_alive()
+    worker.services.jobs.cancel(worker.tenant, kept)
+    running.join(20)
+    assert not running.is_alive()
+    until(lambda: worker.fake.counts("identity").cancelled == before + 2)
+
+
+def test_a_job_whose_time_is_over_expires_beside_one_with_time_left(worker: Worker) -> None:
+    late, early = worker.submit(ints(1, n=1), deadline=1.0), worker.submit(ints(2, n=2))
+    worker.fake.script("identity", [Delay(2.0), Delay(2.0)])
+    worker.work()
+    assert (worker.row(late).state, worker.row(early).state) == ("expired", "succeeded")
+
+
+HASTY = {"attempt_timeout": 0.6, "lease": 0.3, "sweep_interval": 0.1, "max_attempts": 3}
+
+
+def again_at_once(worker: Worker) -> None:
+    """Nobody waits for a backoff here."""
+    with worker.services.database.transaction() as connection:
+        connection.exec_driver_sql("UPDATE chunks SET not_before = now() WHERE state = 'queued'")
+
+
+@pytest.mark.parametrize("worker", [HASTY], indirect=True)
+def test_a_job_that_hangs_is_given_up_after_its_attempts(worker: Worker) -> None:
+    job = worker.submit(ints(1))
+    for _ in range(3):
+        worker.fake.script("identity", [Delay(30)])
+        worker.work()
+        again_at_once(worker)
+    row = worker.row(job)
+    assert (row.state, row.attempts, row.error["code"]) == ("failed", 3, "attempt_overran")
+
+
+@pytest.mark.parametrize("worker", [HASTY], indirect=True)
+def test_a_line_that_hangs_is_given_up_alone(worker: Worker) -> None:
+    lines = [line(n) for n in range(1, 5)]
+    lines[2] = line(3, hang=True)
+    infer_many = worker.services.server.infer_many
+
+    def hanging(requests: Any, deadline: Any, cancelled: Any) -> Any:
+        if any(one.parameters.get("hang") for one in requests):
+            cancelled[0].then(called_off.set)
+            called_off.wait(20)
+            called_off.clear()
+            return [Cancelled("called off")] * len(requests)
+        return infer_many(requests, deadline, cancelled)
+
+    called_off = threading.Event()
+    job = worker.batch(lines)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker.services.server, "infer_many", hanging)
+        for _ in range(8):
+            worker.work()
+            again_at_once(worker)
+    row = worker.row(job)
+    assert (row.state, row.items_ok, row.items_failed) == ("succeeded", 3, 1)
+    answers = [answer["custom_id"] for answer in worker.file(row.output_file_id)]
+    assert answers == ["row-1", "row-2", "row-4"]
+    (failed,) = worker.file(row.error_file_id)
+    assert (failed["custom_id"], failed["error"]["code"]) == ("row-3", "attempt_overran")
+    (letter,) = worker.services.dead_letters.list(
+        worker.tenant, after=None, limit=10, chosen=LetterFilter(job_id=job)
+    )
+    assert (letter.first_line, letter.item_count, letter.attempts) == (3, 1, 3)
+
+
+def test_a_last_attempt_in_company_is_put_back_to_run_alone(worker: Worker) -> None:
+    first, second = worker.submit(ints(1)), worker.submit(ints(2))
+    ids = worker.release()
+    with worker.services.database.transaction() as connection:
+        connection.exec_driver_sql(f"UPDATE chunks SET attempts = 2 WHERE id = {ids[0]}")
+    run_chunks.apply(kwargs={"ids": ids}, throw=True)
+    assert (worker.row(first).state, worker.row(second).state) == ("running", "succeeded")
+    (hint,) = worker.services.backlog.release(worker.services.group)
+    assert (hint.ids, hint.alone) == ((ids[0],), True)
+    run_chunks.apply(kwargs={"ids": ids, "alone": True}, throw=True)
+    assert worker.row(first).state == "succeeded"
+
+
+def test_a_worker_told_to_stop_gives_back_what_it_runs_and_it_costs_no_attempt(
+    worker: Worker,
+) -> None:
+    job = worker.submit(ints(1))
+    worker.fake.script("identity", [Delay(30)])
+    ids = worker.release()
+    running = threading.Thread(target=run_chunks.apply, kwargs={"kwargs": {"ids": ids}})
+    before = worker.fake.counts("identity").received
+    running.start()
+    until(lambda: worker.fake.counts("identity").received > before)
+    worker.services.leases.drain()
+    running.join(20)
+    with worker.services.database.transaction() as connection:
+        row = connection.exec_driver_sql(
+            f"SELECT state, attempts FROM chunks WHERE id = {ids[0]}"
+        ).one()
+    assert tuple(row) == ("queued", 0)
+
+
+def test_a_model_that_is_away_is_not_stormed(worker: Worker) -> None:
+    for _ in range(20):
+        worker.services.budget.record("identity", away=True)
+        if not worker.services.budget.allow("identity", again=True):
+            break
+    before = worker.fake.counts("identity").received
+    job = worker.submit(ints(1))
+    worker.work()
+    assert worker.fake.counts("identity").received == before
+    with worker.services.database.transaction() as connection:
+        row = connection.exec_driver_sql(
+            "SELECT state, attempts FROM chunks WHERE job_id = %s", (job,)
+        ).one()
+    assert tuple(row) == ("queued", 0)
+    worker.services.budget.record("identity", away=False)
 
 
 def until(condition: Callable[[], bool], seconds: float = 20) -> None:

@@ -228,6 +228,34 @@ def test_cancel_ends_all_of_many(fake: FakeTriton, server: TritonServer) -> None
     until(lambda: fake.counts("identity").cancelled == 2)
 
 
+def test_cancel_of_one_leaves_the_call_it_shares_with_others(
+    fake: FakeTriton, server: TritonServer
+) -> None:
+    kept, gone = CancelToken(), CancelToken()
+    fake.script("identity", [Delay(0.5)])
+    before = fake.counts("identity").received
+    once(lambda: fake.counts("identity").received == before + 1, gone.cancel)
+    first, second = server.infer_many([GOOD, GOOD], soon(), [kept, gone])
+    assert (type(first), type(second)) == (InferResult, Cancelled)
+    assert fake.counts("identity").cancelled == 0
+
+
+def test_cancel_of_one_ends_its_own_call(fake: FakeTriton, server: TritonServer) -> None:
+    kept, gone = CancelToken(), CancelToken()
+    once(lambda: fake.counts("identity").received == 2, gone.cancel)
+    first, second = server.infer_many([GOOD, SLOW], soon(), [kept, gone])
+    assert (type(first), type(second)) == (InferResult, Cancelled)
+    until(lambda: fake.counts("identity").cancelled == 1)
+
+
+def test_what_was_called_off_before_is_never_sent(fake: FakeTriton, server: TritonServer) -> None:
+    kept, gone = CancelToken(), CancelToken()
+    gone.cancel()
+    first, second = server.infer_many([GOOD, SLOW], soon(), [kept, gone])
+    assert (type(first), type(second)) == (InferResult, Cancelled)
+    assert fake.counts("identity").received == 1
+
+
 # A server that goes and comes
 
 
