@@ -467,7 +467,7 @@ def test_a_last_attempt_in_company_is_put_back_to_run_alone(worker: Worker) -> N
 def test_a_worker_told_to_stop_gives_back_what_it_runs_and_it_costs_no_attempt(
     worker: Worker,
 ) -> None:
-    job = worker.submit(ints(1))
+    worker.submit(ints(1))
     worker.fake.script("identity", [Delay(30)])
     ids = worker.release()
     running = threading.Thread(target=run_chunks.apply, kwargs={"kwargs": {"ids": ids}})
