@@ -120,8 +120,9 @@ class Leases:
     def renew(self) -> None:
         """Lengthen the leases. Not of what has overrun: should its runner never come back, somebody
         else may have it."""
-        self._renewed = self._clock()
+        now = self._clock()
         self._chunks.renew([one.claim for one in self._all() if not one.limit.expired()])
+        self._renewed = now
 
     def look(self) -> None:
         """Call off what is lost, or has taken too long."""
