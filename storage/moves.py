@@ -14,7 +14,7 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from errors import DeadlineExceeded, TidegateError
-from storage import tables
+from storage import events, tables
 from storage.database import Row
 from storage.lifecycle import (
     ChunkKind,
@@ -164,7 +164,7 @@ def finish_single(connection: sa.Connection, done: Sequence[Done]) -> None:
             for item in done
         ]
     )
-    connection.execute(
+    ended = connection.execute(
         sa.update(tables.jobs)
         .where(_jobs.id == values.c.id, _jobs.state.in_(sources(JobState.SUCCEEDED)))
         .values(
@@ -177,7 +177,9 @@ def finish_single(connection: sa.Connection, done: Sequence[Done]) -> None:
             chunks_done=1,
             finished_at=clock,
         )
+        .returning(_jobs.id)
     )
+    events.announce(connection, ended.scalars().all())
 
 
 def fan_in(connection: sa.Connection, tallies: Mapping[UUID, Tally]) -> None:
@@ -233,9 +235,13 @@ def end_job(
     values: dict[str, Any] = {"state": state.value, "finished_at": clock}
     if error is not None:
         values["error"] = error
-    connection.execute(
-        sa.update(tables.jobs).where(which, _jobs.state.in_(sources(state))).values(values)
+    ended = connection.execute(
+        sa.update(tables.jobs)
+        .where(which, _jobs.state.in_(sources(state)))
+        .values(values)
+        .returning(_jobs.id)
     )
+    events.announce(connection, ended.scalars().all())
 
 
 def bury(

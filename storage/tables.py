@@ -251,10 +251,12 @@ webhooks = Table(
     Column("url", Text, nullable=False),
     Column("events", JSON, nullable=False),
     Column("generation", Integer, nullable=False, server_default=text("1")),
-    _time("rotated_at"),
+    # Until then the secret of the generation before signs, too.
+    _time("previous_until"),
     _time("disabled_at"),
     Column("disabled_why", Text),
     _time("created_at", default=True),
+    _time("updated_at", default=True),
     Index("ix_webhooks_tenant", "tenant_id", "id"),
 )
 """Where a tenant wants to hear of its jobs. Signing secrets are derived (of the deployment secret,
@@ -277,7 +279,12 @@ deliveries = Table(
     _time("not_before", default=True),
     _time("lease_until"),
     _time("finished_at"),
-    Index("ix_deliveries_due", "not_before", postgresql_where=text("state = 'pending'")),
+    # Each endpoint's next ones, whatever the others' backlogs.
+    Index(
+        "ix_deliveries_due", "webhook_id", "not_before", postgresql_where=text("state = 'pending'")
+    ),
+    # Those being tried: few rows, whatever the backlog.
+    Index("ix_deliveries_flying", "webhook_id", postgresql_where=text("lease_until IS NOT NULL")),
     Index("ix_deliveries_webhook", "webhook_id", "id"),
 )
 """Events to be delivered: written in the transaction that ended the job, so that none is missed."""

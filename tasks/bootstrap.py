@@ -12,6 +12,7 @@ from storage.backlog import Backlog
 from storage.chunks import Chunks
 from storage.database import Database
 from storage.dead_letters import DeadLetters
+from storage.deliveries import Deliveries
 from storage.files import Files
 from storage.ids import IdMint
 from storage.jobs import Jobs
@@ -19,6 +20,7 @@ from storage.keys import Keys
 from storage.objects import DirectoryStore, ObjectStore
 from storage.records import Records
 from storage.redis_state import RedisState
+from storage.webhooks import Webhooks
 from tasks.budget import RetryBudget
 from tasks.leases import Leases
 from tasks.models import Models
@@ -39,6 +41,8 @@ class Services:
     files: Files
     keys: Keys
     records: Records
+    webhooks: Webhooks
+    deliveries: Deliveries
     objects: ObjectStore
     state: RedisState
     ids: IdMint
@@ -90,6 +94,9 @@ def build_services(settings: Settings, *, pool_size: int = 8, **overrides: Any) 
         "files": Files(database),
         "keys": Keys(database, settings.secret),
         "records": Records(database),
+        "webhooks": Webhooks(database, settings.secret),
+        # A try ends within its timeout; then there is time to write down what came of it.
+        "deliveries": Deliveries(database, lease=2 * settings.webhook_timeout + 15),
         "objects": DirectoryStore(settings.objects_path),
         "state": RedisState(settings.redis_url, settings.namespace),
         "ids": IdMint(settings.secret),

@@ -13,7 +13,7 @@ from flask_smorest import Api
 import config
 from config import Settings
 from tasks.bootstrap import Services, build_services
-from web import batches, dead_letters, error_handlers, files, health, jobs, oip
+from web import batches, dead_letters, error_handlers, files, health, jobs, oip, webhooks
 from web.context import Gateway
 from web.http import refuse_nul
 from web.json import OrjsonProvider
@@ -51,7 +51,7 @@ def create_app(settings: Settings | None = None, services: Services | None = Non
     app.register_blueprint(oip.blueprint)
     app.register_blueprint(oip.models)
     api = _Api(app)
-    for module in (jobs, files, batches, dead_letters):
+    for module in (jobs, files, batches, dead_letters, webhooks):
         api.register_blueprint(module.blueprint)
     error_handlers.install(app)
     return app

@@ -1,7 +1,7 @@
 """What an error means in HTTP: one table for the status, three shapes for the body.
 
-`/v2` answers as Triton does, `/v1/files` and `/v1/batches` as OpenAI does, everything else with
-RFC 9457 problem details. No shape ever holds a traceback.
+`/v2` answers as Triton does, files, batches and webhooks as OpenAI does, everything else with RFC
+9457 problem details. No shape ever holds a traceback.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ STATUS: dict[type[TidegateError], int] = {
 }
 
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
-_OPENAI_PATHS = ("/v1/files", "/v1/batches")
+_OPENAI_PATHS = ("/v1/files", "/v1/batches", "/v1/webhook_")
 
 
 def install(app: Flask) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from marshmallow import EXCLUDE, RAISE, Schema, ValidationError, fields, validate
 
+from storage import events
+from storage.events import DeliveryState
 from storage.lifecycle import ChunkKind, JobKind, JobState, Priority
 
 _WINDOW = re.compile(r"([0-9]{1,6})(s|m|h|d)")
@@ -243,3 +245,115 @@ class Batch(Schema):
     error_file_id = fields.String(allow_none=True)
     request_counts = fields.Nested(Items)
     metadata = fields.Dict()
+
+
+def _event_types(**options: Any) -> fields.List:
+    kinds = fields.String(validate=validate.OneOf(events.TYPES))
+    return fields.List(kinds, validate=validate.Length(min=1, max=64), **options)
+
+
+def _name(**options: Any) -> fields.String:
+    return fields.String(
+        validate=[
+            validate.Length(min=1, max=255),
+            validate.ContainsNoneOf("\0", error="Must not hold a NUL character."),
+        ],
+        **options,
+    )
+
+
+class WebhookCreate(Schema):
+    """Where to tell of what ends. The SDK may send fields newer than this: they are ignored."""
+
+    class Meta:
+        unknown = EXCLUDE
+
+    name = _name(required=True)
+    url = fields.String(required=True, metadata={"description": "https, on a public host"})
+    event_types = _event_types(required=True)
+
+
+class WebhookUpdate(Schema):
+    """What is to change; the rest stays."""
+
+    class Meta:
+        unknown = EXCLUDE
+
+    name = _name()
+    url = fields.String(metadata={"description": "https, on a public host"})
+    event_types = _event_types()
+    enabled = fields.Boolean(metadata={"description": "Deliver there at all."})
+
+
+class WebhookRotate(Schema):
+    class Meta:
+        unknown = EXCLUDE
+
+    keep_old_secret_active_for_24_hours = fields.Boolean(load_default=False)
+
+
+class WebhookTest(Schema):
+    class Meta:
+        unknown = EXCLUDE
+
+    event_type = fields.String(required=True, validate=validate.OneOf(events.TYPES))
+
+
+class Webhook(Schema):
+    """A webhook endpoint, as OpenAI describes it, and whether it is enabled."""
+
+    id = fields.String()
+    object = fields.Constant("webhook_endpoint")
+    name = fields.String()
+    url = fields.String()
+    event_types = fields.List(fields.String())
+    signing_secret_hint = fields.String()
+    created_at = fields.Integer()
+    updated_at = fields.Integer()
+    enabled = fields.Boolean()
+    disabled_at = fields.Integer(allow_none=True)
+    disabled_reason = fields.String(allow_none=True)
+
+
+class WebhookWithSecret(Webhook):
+    """The same, with the secret: shown when it is made, and never again."""
+
+    signing_secret = fields.String()
+
+
+class DeliveryAttempt(Schema):
+    """One try: a status, or an error."""
+
+    attempt = fields.Integer()
+    status_code = fields.Integer(allow_none=True)
+    error = fields.String(allow_none=True)
+    response = fields.String(allow_none=True)
+    duration_ms = fields.Integer()
+    ended_at = fields.Integer()
+
+
+class Delivery(Schema):
+    """An event on its way to an endpoint. `id` is the `webhook-id` header."""
+
+    id = fields.String()
+    object = fields.Constant("webhook_delivery")
+    webhook_endpoint_id = fields.String()
+    event_type = fields.String()
+    event = fields.Dict()
+    state = fields.String(validate=validate.OneOf([state.value for state in DeliveryState]))
+    error = fields.String(allow_none=True)
+    created_at = fields.Integer()
+    finished_at = fields.Integer(allow_none=True)
+    next_attempt_at = fields.Integer(allow_none=True)
+    attempt_count = fields.Integer()
+    attempts = fields.List(fields.Nested(DeliveryAttempt))
+
+
+class DeliveryPage(Schema):
+    """Deliveries, newest first; `after=last_id` gives the next ones."""
+
+    object = fields.Constant("list")
+    data = fields.List(fields.Nested(Delivery))
+    first_id = fields.String(allow_none=True)
+    last_id = fields.String(allow_none=True)
+    has_more = fields.Boolean()

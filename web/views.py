@@ -9,8 +9,10 @@ from uuid import UUID
 
 from storage import ids
 from storage.dead_letters import Redriven
+from storage.events import DeliveryState
 from storage.files import FileRow
 from storage.lifecycle import JobKind, JobState, Priority
+from tasks.webhooks import message_id
 
 BATCH_STATUS = {
     JobState.QUEUED: "validating",
@@ -200,6 +202,60 @@ def file(row: FileRow) -> dict[str, Any]:
         "purpose": row.purpose,
         "status": "processed",
         "status_details": None,
+    }
+
+
+def webhook_id(value: UUID) -> str:
+    return f"we_{value.hex}"
+
+
+def webhook(row: Any, secret: str) -> dict[str, Any]:
+    """An endpoint as the openai SDK reads it; of its secret a hint."""
+    return {
+        "id": webhook_id(row.id),
+        "object": "webhook_endpoint",
+        "name": row.name,
+        "url": row.url,
+        "event_types": row.events,
+        "signing_secret_hint": f"whsec_...{secret.rstrip('=')[-4:]}",
+        "created_at": _seconds(row.created_at),
+        "updated_at": _seconds(row.updated_at),
+        "enabled": row.disabled_at is None,
+        "disabled_at": _seconds(row.disabled_at),
+        "disabled_reason": row.disabled_why,
+    }
+
+
+def delivery(row: Any, attempts: Sequence[Any]) -> dict[str, Any]:
+    """An event on its way, and what came of each try."""
+    pending = row.state == DeliveryState.PENDING
+    return {
+        "id": message_id(row.id),
+        "object": "webhook_delivery",
+        "webhook_endpoint_id": webhook_id(row.webhook_id),
+        "event_type": row.event,
+        "event": row.payload,
+        "state": row.state,
+        "error": row.error,
+        "created_at": _seconds(row.created_at),
+        "finished_at": _seconds(row.finished_at),
+        "next_attempt_at": (
+            _seconds(max(row.not_before, row.created_at))
+            if pending and row.lease_until is None
+            else None
+        ),
+        "attempt_count": row.attempts,
+        "attempts": [
+            {
+                "attempt": one.attempt,
+                "status_code": one.status,
+                "error": one.error,
+                "response": one.response,
+                "duration_ms": one.duration_ms,
+                "ended_at": _seconds(one.created_at),
+            }
+            for one in attempts
+        ],
     }
 
 

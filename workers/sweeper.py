@@ -21,12 +21,14 @@ from errors import Unavailable
 from tasks import batches
 from tasks.bootstrap import Services, build_leases, build_services
 from tasks.leases import Leases
+from tasks.webhooks import Sender
 from workers import logs
 from workers.app import build_app
 
 log = structlog.get_logger(__name__)
 
 PARTITIONS_EVERY = 60.0
+PURGE_EVERY = 60.0
 
 
 def sweep(services: Services) -> None:
@@ -75,7 +77,7 @@ def main() -> None:
     logs.configure()
     settings = config.settings()
     build_app(settings)
-    services = build_services(settings, pool_size=4)
+    services = build_services(settings, pool_size=8)
     stopping = threading.Event()
 
     def stop(*_: Any) -> None:
@@ -85,6 +87,13 @@ def main() -> None:
     signal.signal(signal.SIGINT, stop)
     log.info("sweeping", action="sweeper.started", every=settings.sweep_interval)
     leases = build_leases(services)
+    sender = Sender(
+        services.deliveries,
+        services.webhooks,
+        timeout=settings.webhook_timeout,
+        insecure=settings.webhook_insecure,
+        every=settings.sweep_interval,
+    )
     name = f"sweeper@{socket.gethostname()}"
     # Putting a large batch together takes its time; leases and deadlines don't wait for it.
     threads = [
@@ -92,13 +101,16 @@ def main() -> None:
         for seconds, run in (
             (settings.sweep_interval, functools.partial(sweep, services)),
             (settings.sweep_interval, functools.partial(finish, services, leases, name)),
+            (settings.sweep_interval, functools.partial(sender.run, stopping)),
             (PARTITIONS_EVERY, services.records.ensure_partitions),
+            (PURGE_EVERY, functools.partial(services.deliveries.purge, settings.job_ttl)),
         )
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    sender.stop()
     leases.stop()
     services.close()
     log.info("stopped", action="sweeper.stopped")

@@ -72,6 +72,8 @@ def sweeper(env: Mapping[str, str]) -> Process:
         settle=1.0,
         after=("redis", *SETUP),
         tier=1,
+        # A delivery of a webhook takes up to 15 s.
+        stop_timeout=20.0,
     )
 
 

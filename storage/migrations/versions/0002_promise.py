@@ -29,10 +29,11 @@ def upgrade() -> None:
     sa.Column('url', sa.Text(), nullable=False),
     sa.Column('events', postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=False),
     sa.Column('generation', sa.Integer(), server_default=sa.text('1'), nullable=False),
-    sa.Column('rotated_at', sa.DateTime(timezone=True), nullable=True),
+    sa.Column('previous_until', sa.DateTime(timezone=True), nullable=True),
     sa.Column('disabled_at', sa.DateTime(timezone=True), nullable=True),
     sa.Column('disabled_why', sa.Text(), nullable=True),
     sa.Column('created_at', sa.DateTime(timezone=True), server_default=sa.text('now()'), nullable=False),
+    sa.Column('updated_at', sa.DateTime(timezone=True), server_default=sa.text('now()'), nullable=False),
     sa.ForeignKeyConstraint(['tenant_id'], ['tenants.id'], name=op.f('fk_webhooks_tenant_id'), ondelete='CASCADE'),
     sa.PrimaryKeyConstraint('id', name=op.f('pk_webhooks'))
     )
@@ -56,7 +57,8 @@ def upgrade() -> None:
     sa.ForeignKeyConstraint(['webhook_id'], ['webhooks.id'], name=op.f('fk_deliveries_webhook_id'), ondelete='CASCADE'),
     sa.PrimaryKeyConstraint('id', name=op.f('pk_deliveries'))
     )
-    op.create_index('ix_deliveries_due', 'deliveries', ['not_before'], unique=False, postgresql_where=sa.text("state = 'pending'"))
+    op.create_index('ix_deliveries_due', 'deliveries', ['webhook_id', 'not_before'], unique=False, postgresql_where=sa.text("state = 'pending'"))
+    op.create_index('ix_deliveries_flying', 'deliveries', ['webhook_id'], unique=False, postgresql_where=sa.text("lease_until IS NOT NULL"))
     op.create_index('ix_deliveries_webhook', 'deliveries', ['webhook_id', 'id'], unique=False)
     op.create_table('delivery_attempts',
     sa.Column('delivery_id', sa.UUID(), nullable=False),
@@ -88,6 +90,7 @@ def downgrade() -> None:
     op.drop_column('chunks', 'redriven_as')
     op.drop_table('delivery_attempts')
     op.drop_index('ix_deliveries_webhook', table_name='deliveries')
+    op.drop_index('ix_deliveries_flying', table_name='deliveries', postgresql_where=sa.text("lease_until IS NOT NULL"))
     op.drop_index('ix_deliveries_due', table_name='deliveries', postgresql_where=sa.text("state = 'pending'"))
     op.drop_table('deliveries')
     op.drop_index('ix_webhooks_tenant', table_name='webhooks')
