@@ -383,10 +383,12 @@ _TURNS = sa.text(
          ) due
     ), fair AS (
         SELECT turns.*,
-               coalesce((SELECT sum(flights) FROM flying WHERE flying.tenant_id = turns.tenant_id), 0)
+               coalesce((SELECT sum(flights) FROM flying WHERE tenant_id = turns.tenant_id), 0)
                + row_number() OVER (PARTITION BY tenant_id ORDER BY turn, not_before) AS tenant_turn
           FROM turns WHERE turn <= :each
     )
-    SELECT id FROM fair WHERE tenant_turn <= :tenant ORDER BY turn, tenant_turn, not_before LIMIT :limit
+    SELECT id FROM fair
+     WHERE tenant_turn <= :tenant
+     ORDER BY turn, tenant_turn, not_before LIMIT :limit
     """
 )

@@ -49,13 +49,13 @@ _ANNOUNCE = sa.text(
     INSERT INTO deliveries (id, webhook_id, tenant_id, event, job_id, state, payload)
     SELECT uuidv7(), webhooks.id, jobs.tenant_id, ends.event, jobs.id, 'pending',
            jsonb_build_object(
-               'id', 'evt_' || replace(CAST(jobs.id AS text), '-', ''),
+               'id', 'evt_' || bare.id,
                'object', 'event',
                'type', ends.event,
                'created_at', CAST(floor(extract(epoch FROM jobs.finished_at)) AS bigint),
                'data', CASE jobs.kind
                    WHEN 'batch'
-                   THEN jsonb_build_object('id', 'batch_' || replace(CAST(jobs.id AS text), '-', ''))
+                   THEN jsonb_build_object('id', 'batch_' || bare.id)
                    ELSE jsonb_build_object('id', jobs.id, 'status', jobs.state)
                END
            )
@@ -66,6 +66,7 @@ _ANNOUNCE = sa.text(
         ON webhooks.tenant_id = jobs.tenant_id
        AND webhooks.disabled_at IS NULL
        AND webhooks.events ? ends.event
+     CROSS JOIN LATERAL (SELECT replace(CAST(jobs.id AS text), '-', '') AS id) AS bare
      WHERE jobs.id = ANY(:ended)
        FOR KEY SHARE OF webhooks SKIP LOCKED
     """  # noqa: S608 - constants of ours

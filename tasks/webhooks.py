@@ -1,4 +1,4 @@
-"""Tells endpoints what happened: claims due deliveries, signs and posts them, writes down what came.
+"""Tells endpoints what happened: claims due deliveries, signs and posts them, logs what came of it.
 
 Standard Webhooks: `webhook-id` is the delivery's and stays over its tries, `webhook-timestamp` is
 this try's, `webhook-signature` holds one signature per secret in use. Only 2xx is success.

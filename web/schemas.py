@@ -247,7 +247,7 @@ class Batch(Schema):
     metadata = fields.Dict()
 
 
-def _event_types(**options: Any) -> fields.List:
+def _event_types(**options: Any) -> fields.List[Any]:
     kinds = fields.String(validate=validate.OneOf(events.TYPES))
     return fields.List(kinds, validate=validate.Length(min=1, max=64), **options)
 
