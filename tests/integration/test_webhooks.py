@@ -37,8 +37,9 @@ class Hooks:
     deliveries: Deliveries
 
     def sender(self, **options: Any) -> Sender:
-        given = {"timeout": 10.0, "insecure": True, "every": 0.05, "rand": lambda: 0.0} | options
-        return Sender(self.deliveries, self.webhooks, **given)
+        given: dict[str, Any] = {"timeout": 10.0, "insecure": True, "every": 0.05}
+        given["rand"] = lambda: 0.0
+        return Sender(self.deliveries, self.webhooks, **(given | options))
 
     def deliver(self, limit: int = 100) -> list[DeliveryState]:
         """Make everything that is due, once."""
@@ -596,7 +597,7 @@ def test_deleting_and_410_at_once_do_not_wait_for_each_other(hooks: Hooks) -> No
         calls: list[Callable[[], object]] = [
             lambda: hooks.webhooks.delete(tenant, webhook),  # noqa: B023 - run within the round
             *(
-                lambda one=one: hooks.deliveries.settle(  # type: ignore[misc]
+                lambda one=one: hooks.deliveries.settle(
                     one, DeliveryState.FAILED, Attempt(1, status=410), disable="gone"
                 )
                 for one in claims
