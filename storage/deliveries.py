@@ -254,6 +254,11 @@ class Deliveries:
         with self.database.transaction() as connection:
             return _logs(connection, query.order_by(_deliveries.id.desc()).limit(limit))
 
+    def end_disabled(self) -> int:
+        """End a slice of what waits for endpoints that are disabled; how many."""
+        with self.database.transaction() as connection:
+            return webhooks.end_disabled(connection, sa.true())
+
     def purge(self, age: float, limit: int = 1000) -> int:
         """Forget deliveries that began so many seconds ago and are over; how many."""
         with self.database.transaction() as connection:

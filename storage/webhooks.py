@@ -27,12 +27,15 @@ MOST = 20
 """Endpoints of one tenant."""
 OVERLAP = 24 * 3600.0
 """Seconds the secret before goes on signing after a rotation that keeps it."""
-BY_HAND = "disabled by request"
+SLICE = 1000
+"""Deliveries that one statement ends or deletes."""
+BY_HAND = "by request"
+DISABLED = "the endpoint was disabled: "
 
 
 @dataclass(frozen=True, slots=True)
 class Webhooks:
-    """Every method is one transaction; safe to share between threads."""
+    """Safe to share between threads. Every method but `delete` is one transaction."""
 
     database: Database
     secret: str
@@ -118,13 +121,19 @@ class Webhooks:
             )
 
     def delete(self, tenant_id: UUID, webhook_id: UUID) -> None:
-        """With everything that was to be delivered there. Raises `NotFound`."""
-        with self.database.transaction() as connection:
-            gone = connection.execute(
-                sa.delete(tables.webhooks).where(_is(tenant_id, webhook_id))
-            ).rowcount
-            if not gone:
-                raise NotFound("no such webhook endpoint")
+        """With everything that was to be delivered there, in slices: it may be a lot. Nothing more
+        is announced meanwhile. Raises `NotFound`."""
+        self.update(tenant_id, webhook_id, enabled=False)
+        some = sa.select(_deliveries.id).where(_deliveries.webhook_id == webhook_id).limit(SLICE)
+        while True:
+            with self.database.transaction() as connection:
+                lock(connection, webhook_id)
+                if connection.execute(
+                    sa.delete(tables.deliveries).where(_deliveries.id.in_(some))
+                ).rowcount:
+                    continue
+                connection.execute(sa.delete(tables.webhooks).where(_is(tenant_id, webhook_id)))
+                return
 
 
 def lock(connection: sa.Connection, webhook_id: UUID) -> None:
@@ -135,29 +144,40 @@ def lock(connection: sa.Connection, webhook_id: UUID) -> None:
 
 
 def disable(connection: sa.Connection, webhook_id: UUID, why: str) -> Row:
-    """Deliver nothing more to a locked endpoint; what waits has failed. What is being tried has its
-    outcome yet to come."""
-    connection.execute(
-        sa.update(tables.deliveries)
+    """Deliver nothing more to a locked endpoint. What waits has failed: a slice of it at once, the
+    rest as soon as a sender looks."""
+    row = _changed(connection, webhook_id, {"disabled_at": moves.now, "disabled_why": why})
+    end_disabled(connection, _webhooks.id == webhook_id)
+    return row
+
+
+def end_disabled(connection: sa.Connection, which: sa.ColumnElement[bool]) -> int:
+    """End a slice of what waits for endpoints that are disabled; how many. What is being tried has
+    its outcome yet to come."""
+    waiting = (
+        sa.select(_deliveries.id, _webhooks.disabled_why)
+        .join(tables.webhooks, _webhooks.id == _deliveries.webhook_id)
         .where(
-            _deliveries.webhook_id == webhook_id,
+            which,
+            _webhooks.disabled_at.is_not(None),
             _deliveries.state == DeliveryState.PENDING,
             sa.or_(_deliveries.lease_until.is_(None), _deliveries.lease_until <= moves.now),
         )
+        .limit(SLICE)
+        .with_for_update(of=tables.deliveries, skip_locked=True)
+        .cte("waiting")
+    )
+    return connection.execute(
+        sa.update(tables.deliveries)
+        .where(_deliveries.id == waiting.c.id)
         .values(
             state=DeliveryState.FAILED.value,
-            error=disabled(why),
+            error=sa.literal(DISABLED).concat(waiting.c.disabled_why),
             finished_at=moves.clock,
             lease_until=None,
             lease_token=_deliveries.lease_token + 1,
         )
-    )
-    return _changed(connection, webhook_id, {"disabled_at": moves.now, "disabled_why": why})
-
-
-def disabled(why: str) -> str:
-    """The error of a delivery that could not be made any more."""
-    return f"the endpoint was disabled: {why}"
+    ).rowcount
 
 
 def _is(tenant_id: UUID, webhook_id: UUID) -> sa.ColumnElement[bool]:

@@ -23,7 +23,7 @@ from standardwebhooks import Webhook
 from errors import Unavailable
 from storage.deliveries import Attempt, Deliveries, Delivery
 from storage.events import DeliveryState
-from storage.webhooks import Webhooks, disabled
+from storage.webhooks import DISABLED, Webhooks
 from tasks import outbound
 from tasks.outbound import Answer
 
@@ -121,6 +121,7 @@ class Sender:
         while not stopping.is_set():
             with self._changed:
                 free, landed = self._slots - self._flying, self._landed
+            self._deliveries.end_disabled()
             # No more than fly at once: a lease begins with the claim.
             claimed = self._deliveries.claim(free) if free else []
             with self._changed:
@@ -151,7 +152,7 @@ class Sender:
     def deliver(self, delivery: Delivery) -> DeliveryState:
         """One try of a claimed delivery; the state it left it in."""
         if delivery.disabled_why is not None:
-            why = disabled(delivery.disabled_why)
+            why = f"{DISABLED}{delivery.disabled_why}"
             self._deliveries.settle(delivery, DeliveryState.FAILED, error=why)
             return DeliveryState.FAILED
         body = orjson.dumps(delivery.payload)

@@ -81,8 +81,8 @@ def sql(database: Database, text: str, **values: object) -> None:
         connection.execute(sa.text(text), values)
 
 
-def job(server: Http, **fields: object) -> str:
-    reply = server.post("/v1/jobs", {"model": "identity", "input": ints(1)} | fields)
+def job(server: Http) -> str:
+    reply = server.post("/v1/jobs", {"model": "identity", "input": ints(1)})
     assert reply.status == 202, reply
     return str(reply.json()["id"])
 
@@ -167,7 +167,7 @@ def test_lists_are_paged_newest_first_and_there_are_twenty_at_most(fresh: Http) 
 
 
 GOOD: dict[str, Any] = {"name": "n", "url": PUBLIC, "event_types": ["job.failed"]}
-BAD = {
+BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "no url": ("url", {"url": None}),
     "http": ("url", {"url": "http://hooks.example.com/"}),
     "loopback": ("url", {"url": "https://127.0.0.1/"}),

@@ -572,7 +572,7 @@ def test_a_disabled_endpoint_is_sent_nothing_when_asked(hooks: Hooks) -> None:
         hooks.deliveries.resend(tenant, webhook, row.id)
     with pytest.raises(Conflict, match="enable it first"):
         hooks.deliveries.sample(tenant, webhook, "job.failed")
-    assert hooks.only(webhook)[0].error == f"the endpoint was disabled: {webhooks.BY_HAND}"
+    assert hooks.only(webhook)[0].error == "the endpoint was disabled: by request"
 
 
 def test_deleting_an_endpoint_ends_its_deliveries_in_flight_or_not(
@@ -586,6 +586,25 @@ def test_deleting_an_endpoint_ends_its_deliveries_in_flight_or_not(
     assert hooks.deliver() == []
     with pytest.raises(NotFound):
         hooks.webhooks.get(tenant, webhook)
+
+
+def test_a_backlog_ends_or_goes_with_its_endpoint_slice_by_slice(
+    hooks: Hooks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "SLICE", 4)
+    webhook, other, tenant = hooks.add(NOWHERE), hooks.add(NOWHERE), hooks.ledger.tenant
+    succeed(hooks.ledger, 10)
+
+    def states(one: UUID) -> list[str]:
+        return [row.state for row, _ in hooks.of(one)]
+
+    hooks.webhooks.update(tenant, webhook, enabled=False)
+    assert states(webhook).count("failed") == 4
+    assert [hooks.deliveries.end_disabled() for _ in range(3)] == [4, 2, 0]
+    assert states(webhook) == ["failed"] * 10
+    assert states(other) == ["pending"] * 10
+    hooks.webhooks.delete(tenant, other)
+    assert hooks.of(other) == []
 
 
 def test_deleting_and_410_at_once_do_not_wait_for_each_other(hooks: Hooks) -> None:
