@@ -457,7 +457,7 @@ def test_a_slow_endpoint_holds_up_nobody_else(hooks: Hooks, receiver: Receiver) 
         try:
             until(lambda: len(receiver.received), 30, lambda count: count == 20)
             assert not let_go.is_set()
-            assert len(slow.received) == PER_ENDPOINT
+            assert 1 <= len(slow.received) <= PER_ENDPOINT
         finally:
             let_go.set()
             until(lambda: len(slow.received), 30, lambda count: count == 20)
