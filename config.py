@@ -33,7 +33,7 @@ class Settings:
     objects_url: str
     """Where outputs and files live: `file:///absolute/folder`."""
     secret: str = field(repr=False)
-    """Key for job-id signatures and API-key digests; the same in every process."""
+    """Key for job-id signatures, API-key digests and webhook secrets; the same in every process."""
 
     # Broker
     broker_url: str = field(default="", repr=False)

@@ -72,7 +72,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Deliveries:
-    """Every method is one transaction, safe to run from many processes at once."""
+    """Safe to run from many processes at once. Every method but `purge` is one transaction."""
 
     database: Database
     lease: float = 45.0
@@ -259,8 +259,18 @@ class Deliveries:
         with self.database.transaction() as connection:
             return webhooks.end_disabled(connection, sa.true())
 
-    def purge(self, age: float, limit: int = 1000) -> int:
-        """Forget deliveries that began so many seconds ago and are over; how many."""
+    def purge(self, age: float) -> int:
+        """Forget deliveries that began so many seconds ago and are over, slice by slice; how
+        many. What is left after a hundred slices waits for the next call."""
+        total = 0
+        for _ in range(100):
+            gone = self._purge_slice(age)
+            total += gone
+            if not gone:
+                break
+        return total
+
+    def _purge_slice(self, age: float) -> int:
         with self.database.transaction() as connection:
             now: datetime = connection.execute(sa.select(moves.now)).scalar_one()
             # An id holds its time: see `storage.ids`.
@@ -273,12 +283,12 @@ class Deliveries:
                     _deliveries.state != DeliveryState.PENDING,
                 )
                 .order_by(_deliveries.id)
-                .limit(limit)
+                .limit(webhooks.SLICE)
                 .lateral()
             )
             ids = sa.select(found.c.id).select_from(tables.webhooks).join(found, sa.true())
             return connection.execute(
-                sa.delete(tables.deliveries).where(_deliveries.id.in_(ids.limit(limit)))
+                sa.delete(tables.deliveries).where(_deliveries.id.in_(ids.limit(webhooks.SLICE)))
             ).rowcount
 
 

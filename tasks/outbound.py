@@ -67,10 +67,9 @@ def post(
     deadline = time.monotonic() + timeout
     try:
         target = egress.parse(url, insecure=insecure)
-        addresses = egress.permitted(
-            _resolved(target, resolve, deadline)[:ADDRESSES], insecure=insecure
-        )
-        sock = _connected(target, addresses, deadline, context)
+        # All of them are judged, a few are tried.
+        addresses = egress.permitted(_resolved(target, resolve, deadline), insecure=insecure)
+        sock = _connected(target, addresses[:ADDRESSES], deadline, context)
     except (BadRequest, Forbidden) as error:
         return Answer(error=f"refused: {error.message}")
     except (OSError, UnicodeError) as error:

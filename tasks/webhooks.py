@@ -121,7 +121,6 @@ class Sender:
         while not stopping.is_set():
             with self._changed:
                 free, landed = self._slots - self._flying, self._landed
-            self._deliveries.end_disabled()
             # No more than fly at once: a lease begins with the claim.
             claimed = self._deliveries.claim(free) if free else []
             with self._changed:

@@ -133,13 +133,15 @@ def test(body: dict[str, Any], webhook_id: str) -> Response:
     services = gateway().services
     sample = services.deliveries.sample(tenant(), found, body["event_type"])
     until = time.monotonic() + services.settings.webhook_timeout + PATIENCE
+    pause = 0.05
     while True:
         row, attempts = services.deliveries.get(tenant(), found, sample)
         if row.state != DeliveryState.PENDING:
             break
         if time.monotonic() > until:
             raise Unavailable("no sweeper has sent the test yet", retry_after=5)
-        time.sleep(0.1)
+        time.sleep(pause)
+        pause = min(0.5, pause * 1.5)
     if not attempts or attempts[-1].status is None:
         raise BadRequest(f"the endpoint did not answer: {row.error}", param="url")
     return respond(

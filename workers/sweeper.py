@@ -102,6 +102,7 @@ def main() -> None:
             (settings.sweep_interval, functools.partial(sweep, services)),
             (settings.sweep_interval, functools.partial(finish, services, leases, name)),
             (settings.sweep_interval, functools.partial(sender.run, stopping)),
+            (settings.sweep_interval, services.deliveries.end_disabled),
             (PARTITIONS_EVERY, services.records.ensure_partitions),
             (PURGE_EVERY, functools.partial(services.deliveries.purge, settings.job_ttl)),
         )

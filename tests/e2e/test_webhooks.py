@@ -332,6 +332,33 @@ def test_a_receiver_that_was_down_is_told_later_under_the_same_id(
     until(lambda: receiver.ids, 20, lambda ids: ids == [pending["id"]] * 2)
 
 
+def test_a_sweeper_that_dies_in_the_middle_leaves_its_delivery_to_the_next(
+    server: Http,
+    client: openai.OpenAI,
+    receiver: Receiver,
+    own: Stack,
+    own_database: Database,
+) -> None:
+    let_go = threading.Event()
+
+    def hang(_: Received) -> Say:
+        let_go.wait(30)
+        return Say()
+
+    receiver.answer = hang
+    endpoint = client.webhooks.create(name="n", url=receiver.url, event_types=JOB_EVENTS)
+    job(server)
+    until(lambda: receiver.received, 20)
+    own.kill("sweeper")
+    let_go.set()
+    sql(own_database, "UPDATE deliveries SET lease_until = now() WHERE lease_until IS NOT NULL")
+    own.start(only=("sweeper",))
+
+    (delivered,) = logged(server, endpoint.id, "delivered")
+    assert receiver.ids == [delivered["id"]] * 2
+    assert delivered["attempt_count"] == 2
+
+
 def test_410_disables_an_endpoint_until_it_is_enabled(
     server: Http, client: openai.OpenAI, receiver: Receiver
 ) -> None:

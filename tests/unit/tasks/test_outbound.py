@@ -184,7 +184,15 @@ def test_who_does_not_listen_and_who_speaks_no_http_is_told_in_words(receiver: R
 
 
 @pytest.mark.parametrize(
-    "addresses", [["127.0.0.1"], ["::1"], ["::ffff:127.0.0.1"], ["8.8.8.8", "127.0.0.1"]]
+    "addresses",
+    [
+        ["127.0.0.1"],
+        ["::1"],
+        ["::ffff:127.0.0.1"],
+        ["8.8.8.8", "127.0.0.1"],
+        ["127.0.0.1", *["8.8.8.8"] * 9],
+        [*["8.8.8.8"] * 9, "127.0.0.1"],
+    ],
 )
 def test_a_name_that_leads_inside_is_not_called(receiver: Receiver, addresses: list[str]) -> None:
     answer = post(
