@@ -3,17 +3,20 @@
 | key | what | ends |
 |---|---|---|
 | `{ns}:blob:{message}` | tensors of one realtime message | claimed once, or at its deadline |
+| `{ns}:running:{message}` | the GPU worker that runs it | soon after the worker fell silent |
 | `{ns}:reply:{gateway}` | list of replies for one gateway process | a minute after the last one |
 | `{ns}:workers:{group}` | sorted set: GPU worker → end of its presence, Redis time | by score |
 
-A message's deadline is its blob's TTL, so Redis's clock is the only one that judges it.
+A message's deadline is its blob's TTL, so Redis's clock is the only one that judges it. A message
+that has neither a blob nor a worker is lost, or was claimed or answered a moment ago.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum, auto
 
 import redis
 from redis.backoff import NoBackoff
@@ -42,6 +45,16 @@ class Blob:
 
     data: bytes
     remaining: float
+
+
+class Where(Enum):
+    """Where a message is that has no answer yet."""
+
+    WAITING = auto()
+    """Nobody has claimed it."""
+    RUNNING = auto()
+    """A GPU worker says that it runs it."""
+    NOWHERE = auto()
 
 
 class RedisState:
@@ -82,6 +95,27 @@ class RedisState:
         if data is None:
             return None
         return Blob(data=data, remaining=milliseconds / 1000)
+
+    def runs(self, worker: str, messages: Sequence[bytes], ttl: float) -> None:
+        """A GPU worker says that it runs these messages; good for `ttl` seconds."""
+        with _translated():
+            pipe = self._redis.pipeline(transaction=False)
+            for message in messages:
+                pipe.set(self._key("running", message.hex()), worker, px=int(ttl * 1000))
+            pipe.execute()
+
+    def whereabouts(self, messages: Sequence[bytes]) -> list[Where]:
+        """Where each of these messages is now."""
+        with _translated():
+            pipe = self._redis.pipeline(transaction=False)
+            for message in messages:
+                pipe.exists(self._key("blob", message.hex()))
+                pipe.exists(self._key("running", message.hex()))
+            found = pipe.execute()
+        return [
+            Where.WAITING if blob else Where.RUNNING if running else Where.NOWHERE
+            for blob, running in zip(found[::2], found[1::2], strict=True)
+        ]
 
     def reply(self, gateway: str, message: bytes, data: bytes) -> None:
         """Answer one message of one gateway process."""

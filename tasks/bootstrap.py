@@ -25,6 +25,7 @@ from tasks.budget import RetryBudget
 from tasks.leases import Leases
 from tasks.models import Models
 from tasks.pump import Pump
+from tasks.running import Running
 from tasks.slots import Slots, Watchdog
 
 
@@ -57,7 +58,7 @@ class Services:
 
 @dataclass(frozen=True, slots=True)
 class WorkerServices(Services):
-    """What a GPU worker has besides: its model server, and the leases it holds."""
+    """What a GPU worker has besides: its model server, the leases it holds, what it runs."""
 
     name: str
     group: str
@@ -67,9 +68,11 @@ class WorkerServices(Services):
     slots: Slots
     watchdog: Watchdog
     budget: RetryBudget
+    running: Running
 
     def close(self) -> None:
         self.watchdog.stop()
+        self.running.stop()
         self.leases.stop()
         self.server.close()
         Services.close(self)
@@ -129,6 +132,7 @@ def build_worker_services(
         slots=Slots(),
         watchdog=Watchdog(),
         budget=RetryBudget(),
+        running=Running(base.state, name),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import orjson
 import structlog
 from celery import shared_task
 
-from errors import BadRequest, DeadlineExceeded, TidegateError
+from errors import BadRequest, DeadlineExceeded, TidegateError, Unavailable
 from inference import frames
 from inference.client import Deadline
 from inference.tensors import InferResult
@@ -18,6 +19,8 @@ from tasks.bootstrap import WorkerServices, worker_services
 
 log = structlog.get_logger(__name__)
 QUERY_TIMEOUT = 5.0
+REPLY_PAUSE = 0.2
+"""Seconds between two tries to answer while Redis is away."""
 
 
 @shared_task(name=messages.REALTIME)
@@ -31,8 +34,27 @@ def run_realtime(message: str, gateway: str, deadlines: list[float]) -> None:
     if blob is None:
         log.info("nothing to run", action="realtime.gone", message_id=message)
         return
-    outcomes = _outcomes(services, blob.data, deadlines, elapsed=max(deadlines) - blob.remaining)
-    services.state.reply(gateway, name, frames.encode_outcomes(outcomes))
+    until = Deadline.after(blob.remaining)
+    with services.running.message(name):
+        outcomes = _outcomes(
+            services, blob.data, deadlines, elapsed=max(deadlines) - blob.remaining
+        )
+        _reply(services, gateway, name, frames.encode_outcomes(outcomes), until)
+
+
+def _reply(
+    services: WorkerServices, gateway: str, message: bytes, data: bytes, until: Deadline
+) -> None:
+    """Answer a message, as soon as Redis is there and while somebody waits for it. An answer that
+    arrived although it seemed not to is given twice; the gateway takes the first."""
+    while True:
+        try:
+            services.state.reply(gateway, message, data)
+            return
+        except Unavailable:
+            if until.remaining() <= REPLY_PAUSE:
+                raise
+            time.sleep(REPLY_PAUSE)
 
 
 def _outcomes(
@@ -62,7 +84,7 @@ def _outcomes(
 @shared_task(name=messages.QUERY)
 def run_query(message: str, gateway: str, op: str, model: str, version: str) -> None:
     """Ask this worker's Triton something for a gateway, which has no gRPC of its own."""
-    services = worker_services()
+    services, until = worker_services(), Deadline.after(QUERY_TIMEOUT)
     try:
         answer = {"value": _ask(services, op)(model, version)}
     except TidegateError as error:
@@ -70,7 +92,7 @@ def run_query(message: str, gateway: str, op: str, model: str, version: str) -> 
     except Exception:
         log.exception("query failed", action="query.failed", op=op)
         answer = {"error": TidegateError("the worker failed; its log says why").to_wire()}
-    services.state.reply(gateway, bytes.fromhex(message), orjson.dumps(answer))
+    _reply(services, gateway, bytes.fromhex(message), orjson.dumps(answer), until)
 
 
 def _ask(services: WorkerServices, op: str) -> Callable[[str, str], Any]:

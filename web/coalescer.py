@@ -12,16 +12,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 import structlog
 
 from errors import TidegateError, Unavailable
 from inference import frames
-from inference.tensors import InferRequest, InferResult
-from storage.redis_state import RedisState
+from inference.tensors import InferResult
+from storage.redis_state import RedisState, Where
 from tasks import messages
+from web.flight import LOOK_AFTER, Answer, Flight, Move, Waiting
 from web.replies import Replies
 
 log = structlog.get_logger(__name__)
@@ -35,26 +34,10 @@ MAX_WAITING_BYTES = 256 << 20
 it, 503."""
 MAX_FLYING = 64
 """Messages of one model version in flight, however slow it is."""
+LOST_RETRY_AFTER = 5
+"""Seconds a client is told to wait whose request was lost twice."""
 PATIENCE = 0.02
 """Seconds a full window holds back a message: a slow request delays the next ones this much."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What came back for one request, and how many requests travelled with it."""
-
-    outcome: InferResult | TidegateError
-    batch_size: int
-
-
-@dataclass(slots=True)
-class Waiting:
-    """A request on its way; `until` is on the process's monotonic clock, `size` in bytes."""
-
-    request: InferRequest
-    size: int
-    until: float
-    answer: Future[Answer] = field(default_factory=Future)
 
 
 class Coalescer:
@@ -82,8 +65,7 @@ class Coalescer:
         self._send = send
         self._queue: deque[Waiting] = deque()
         self._bytes = 0
-        self._flying: dict[bytes, tuple[float, int]] = {}
-        """Messages in flight: when they end without an answer, and their bytes."""
+        self._flying: dict[bytes, Flight] = {}
         self._sent = 0.0
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -121,9 +103,7 @@ class Coalescer:
         if len(self._flying) < self._window:
             return True
         now = self._clock()
-        # A message whose answer never comes gives its place back at its deadline.
-        for message in [name for name, (until, _) in self._flying.items() if until <= now]:
-            self._land(message)
+        self._land_expired(now)
         return len(self._flying) < self._window or (
             len(self._flying) < MAX_FLYING and now - self._sent >= self._patience
         )
@@ -144,54 +124,104 @@ class Coalescer:
         return batch
 
     def _fly(self, batch: list[Waiting]) -> None:
-        message = secrets.token_bytes(16)
-        now = self._clock()
-        deadlines = [round(waiting.until - now, 3) for waiting in batch]
-        ttl = max(0.001, *deadlines)
+        flight = Flight(secrets.token_bytes(16), batch, self._clock())
         with self._changed:
-            self._flying[message] = (now + ttl, sum(waiting.size for waiting in batch))
-            self._sent = now
-        self._replies.expect(message, lambda data: self._landed(message, batch, data))
+            self._flying[flight.message] = flight
+            self._sent = flight.sent
+        self._replies.expect(flight.message, lambda data: self._landed(flight, data))
+        self._launch(flight)
+
+    def _launch(self, flight: Flight) -> None:
+        """Store and publish. Those who wait hear of it where that fails."""
+        deadlines = flight.deadlines()
         try:
-            data = frames.encode_requests([waiting.request for waiting in batch])
-            self._state.put_blob(message, data, ttl)
-            self._send(
-                messages.REALTIME,
-                messages.realtime_queue(self._group),
-                message=message.hex(),
-                gateway=self._replies.gateway,
-                deadlines=deadlines,
-            )
+            data = frames.encode_requests([waiting.request for waiting in flight.batch])
+            self._state.put_blob(flight.message, data, max(0.001, *deadlines))
+            self._publish(flight, deadlines)
         except Exception as error:
             if not isinstance(error, TidegateError):
                 log.exception("message not sent", action="lane.unsent")
                 error = TidegateError("the gateway failed; its log says why")
-            self._end(message, batch, [error] * len(batch))
+            self._end(flight, [error] * len(flight.batch))
 
-    def _landed(self, message: bytes, batch: list[Waiting], data: bytes) -> None:
+    def _publish(self, flight: Flight, deadlines: list[float]) -> None:
+        self._send(
+            messages.REALTIME,
+            messages.realtime_queue(self._group),
+            message=flight.message.hex(),
+            gateway=self._replies.gateway,
+            deadlines=deadlines,
+        )
+
+    def overdue(self) -> list[bytes]:
+        """Messages that somebody should look after: their answers take long."""
+        now = self._clock()
+        with self._changed:
+            self._land_expired(now)
+            return [
+                flight.message
+                for flight in self._flying.values()
+                if now - flight.sent >= LOOK_AFTER
+            ]
+
+    def seen(self, message: bytes, where: Where) -> None:
+        """Somebody looked after a message: do what `web.flight` says. Called by one thread."""
+        with self._changed:
+            flight = self._flying.get(message)
+            if flight is None:
+                return
+            move = flight.seen(where, self._clock())
+            if move is Move.RESEND:
+                flight.resent(self._clock())
+        about = {"message_id": message.hex(), "requests": len(flight.batch)}
+        if move is Move.NUDGE:
+            log.info("message named again", action="lane.nudged", **about)
+            # One that did not arrive is one more next time.
+            self._publish(flight, flight.deadlines())
+            flight.nudged = True
+        elif move is Move.RESEND:
+            log.warning("message lost; sent again", action="lane.resent", **about)
+            self._launch(flight)
+        elif move is Move.GIVE_UP:
+            log.error("message lost twice", action="lane.given_up", **about)
+            error = Unavailable(
+                "this request was sent to a GPU worker twice, and lost with it both times",
+                retry_after=LOST_RETRY_AFTER,
+            )
+            self._end(flight, [error] * len(flight.batch))
+
+    def _landed(self, flight: Flight, data: bytes) -> None:
         try:
             outcomes = frames.decode_outcomes(data)
         except TidegateError as error:
-            outcomes = [error] * len(batch)
+            outcomes = [error] * len(flight.batch)
         except Exception:
             log.exception("reply not read", action="lane.unread")
             outcomes = []
-        self._end(message, batch, outcomes)
+        self._end(flight, outcomes)
 
-    def _end(
-        self, message: bytes, batch: list[Waiting], outcomes: list[InferResult | TidegateError]
-    ) -> None:
+    def _end(self, flight: Flight, outcomes: list[InferResult | TidegateError]) -> None:
+        """The first end counts: a message that was sent again may be answered twice, and one whose
+        publishing failed may have arrived all the same."""
         with self._changed:
-            self._land(message)
+            if not self._land(flight.message):
+                return
             self._changed.notify()
-        if len(outcomes) != len(batch):
+        if len(outcomes) != len(flight.batch):
             error = TidegateError("the worker answered another number of requests")
-            outcomes = [error] * len(batch)
-        for waiting, outcome in zip(batch, outcomes, strict=True):
-            # A publish that failed may have arrived all the same: the first answer counts.
-            if not waiting.answer.done():
-                waiting.answer.set_result(Answer(outcome, len(batch)))
+            outcomes = [error] * len(flight.batch)
+        for waiting, outcome in zip(flight.batch, outcomes, strict=True):
+            waiting.answer.set_result(Answer(outcome, len(flight.batch)))
 
-    def _land(self, message: bytes) -> None:
-        self._bytes -= self._flying.pop(message, (0.0, 0))[1]
+    def _land_expired(self, now: float) -> None:
+        """A message whose answer never comes gives its place back at its deadline."""
+        for flight in [flight for flight in self._flying.values() if flight.until <= now]:
+            self._land(flight.message)
+
+    def _land(self, message: bytes) -> bool:
+        flight = self._flying.pop(message, None)
+        if flight is None:
+            return False
+        self._bytes -= flight.size
         self._replies.forget(message)
+        return True

@@ -11,14 +11,16 @@ from typing import Any
 
 import orjson
 
-from errors import DeadlineExceeded, ModelNotReady, Unavailable, from_wire
+from errors import DeadlineExceeded, Unavailable, from_wire
 from inference.tensors import InferRequest
 from storage.redis_state import RedisState
 from tasks import messages
-from web.coalescer import Answer, Coalescer, Waiting
+from web.coalescer import Coalescer
+from web.flight import Answer, Waiting
+from web.lookout import Lookout
+from web.presence import Presence
 from web.replies import Replies
 
-PRESENCE_TTL = 1.0
 QUERY_TIMEOUT = 5.0
 
 
@@ -33,12 +35,13 @@ class RealtimeLane:
         self._replies = Replies(state)
         self._coalescers: dict[tuple[str, str], Coalescer] = {}
         self._lock = threading.Lock()
-        self._present = (0.0, False)
+        self._presence = Presence(state, group)
+        self._lookout = Lookout(state, lambda: list(self._coalescers.values()))
 
     def infer(self, request: InferRequest, timeout: float) -> Answer:
         """Run one request within `timeout` seconds; the model's refusal is in the answer. Raises
         `DeadlineExceeded`, `Unavailable`, `ModelNotReady`."""
-        self._require_workers()
+        self._presence.require()
         key = (request.model, request.version)
         with self._lock:
             coalescer = self._coalescers.get(key)
@@ -50,6 +53,7 @@ class RealtimeLane:
                     window=self._window,
                     max_items=self._max_items,
                 )
+                self._lookout.start()
         size = sum(len(tensor.data) for tensor in request.inputs)
         waiting = Waiting(request, size, time.monotonic() + timeout)
         coalescer.submit(waiting)
@@ -62,7 +66,7 @@ class RealtimeLane:
         self, op: str, model: str = "", version: str = "", timeout: float = QUERY_TIMEOUT
     ) -> Any:
         """Ask a worker's Triton. Raises what it raised, `Unavailable` without an answer."""
-        self._require_workers()
+        self._presence.require()
         message = secrets.token_bytes(16)
         answer: Future[bytes] = Future()
         self._replies.expect(message, answer.set_result)
@@ -87,20 +91,8 @@ class RealtimeLane:
 
     def workers(self) -> list[str]:
         """GPU workers that are there now."""
-        return self._state.workers(self._group)
-
-    def _require_workers(self) -> None:
-        """Say no at once where nobody would ever answer."""
-        asked, present = self._present
-        now = time.monotonic()
-        if now - asked > PRESENCE_TTL or not present:
-            present = bool(self.workers())
-            self._present = (now, present)
-        if not present:
-            raise ModelNotReady(
-                f"no GPU worker of group {self._group!r} is ready: it is down, or its Triton is",
-                retry_after=2,
-            )
+        return self._presence.workers()
 
     def stop(self) -> None:
+        self._lookout.stop()
         self._replies.stop()

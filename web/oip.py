@@ -15,6 +15,7 @@ from flask import Blueprint, Response, g, request
 from errors import (
     BadBody,
     BadRequest,
+    DeadlineExceeded,
     ModelNotFound,
     NotFound,
     TidegateError,
@@ -23,6 +24,7 @@ from errors import (
 from inference import oip
 from inference.metadata import check
 from inference.tensors import InferRequest, InferResult
+from storage.lifecycle import JobState
 from storage.records import Record
 from web import durable
 from web.context import gateway
@@ -185,7 +187,7 @@ def _realtime(
             tenant_id=tenant(),
             model=asked.model,
             version=outcome.version if isinstance(outcome, InferResult) else asked.version,
-            state="failed" if failed else "succeeded",
+            state=_state(failed),
             error=failed.to_wire() if failed else None,
             duration_ms=round((time.monotonic() - started) * 1000),
             batch_size=batch_size,
@@ -194,6 +196,13 @@ def _realtime(
     if isinstance(outcome, TidegateError):
         raise outcome
     return _rendered(outcome, fmt)
+
+
+def _state(failed: TidegateError | None) -> JobState:
+    """How a request ended: as a job of the durable lane would have."""
+    if isinstance(failed, DeadlineExceeded):
+        return JobState.EXPIRED
+    return JobState.FAILED if failed else JobState.SUCCEEDED
 
 
 def _body() -> bytes:

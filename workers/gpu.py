@@ -28,7 +28,7 @@ from tasks import bootstrap, messages
 
 log = structlog.get_logger(__name__)
 
-PRESENCE_EVERY = 2.0
+PRESENCE_EVERY = 1.0
 PRESENCE_TTL = 8
 """Seconds: a gateway stops sending to a group this long after its last worker fell silent."""
 DRAIN = 10.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 from errors import TidegateError, Unavailable
 from inference import frames
 from inference.tensors import InferRequest, InferResult, Tensor
-from web.coalescer import MAX_WAITING, MAX_WAITING_BYTES, Answer, Coalescer, Waiting
+from storage.redis_state import Where
+from web.coalescer import MAX_WAITING, MAX_WAITING_BYTES, Coalescer
+from web.flight import LOOK_AFTER, LOST_LOOKS, NUDGE_AFTER, Answer, Waiting
 
 
 class Broker:
@@ -22,13 +25,17 @@ class Broker:
 
     def __init__(self) -> None:
         self.blobs: dict[str, bytes] = {}
+        self.ttls: list[float] = []
         self.sent: list[dict[str, Any]] = []
         self.expected: dict[bytes, Any] = {}
         self.arrived = threading.Semaphore(0)
         self.down = False
 
     def put_blob(self, message: bytes, data: bytes, ttl: float) -> None:
+        if self.down:
+            raise Unavailable("down")
         self.blobs[message.hex()] = data
+        self.ttls.append(ttl)
 
     def expect(self, message: bytes, deliver: Any) -> None:
         self.expected[message] = deliver
@@ -61,8 +68,22 @@ def broker() -> Broker:
     return Broker()
 
 
+class Clock:
+    """Seconds, as many as the test says."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def coalescer(
-    broker: Broker, window: int = 1, max_items: int = 8, patience: float = 3600
+    broker: Broker,
+    window: int = 1,
+    max_items: int = 8,
+    patience: float = 3600,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Coalescer:
     return Coalescer(
         "g",
@@ -71,15 +92,16 @@ def coalescer(
         window=window,
         max_items=max_items,
         patience=patience,
+        clock=clock,
         send=broker.send,
     )
 
 
 def submit(to: Coalescer, count: int = 1, timeout: float = 30) -> list[Future[Answer]]:
     tensor = Tensor("INTS", "INT64", (1, 1), bytes(8))
+    until = to._clock() + timeout
     waiting = [
-        Waiting(InferRequest("m", "", (tensor,), (), {}, str(n)), 8, time.monotonic() + timeout)
-        for n in range(count)
+        Waiting(InferRequest("m", "", (tensor,), (), {}, str(n)), 8, until) for n in range(count)
     ]
     for one in waiting:
         to.submit(one)
@@ -214,3 +236,150 @@ def test_what_waits_or_flies_is_bounded_in_bytes(broker: Broker) -> None:
     broker.answer(message)
     to.submit(big())
     assert broker.next()
+
+
+# Messages that take long
+
+
+def is_seen(to: Coalescer, message: dict[str, Any], where: Where, looks: int = 1) -> None:
+    for _ in range(looks):
+        to.seen(bytes.fromhex(message["message"]), where)
+
+
+def test_nobody_wonders_about_a_message_before_its_time(broker: Broker) -> None:
+    clock = Clock()
+    to = coalescer(broker, clock=clock)
+    submit(to)
+    name = bytes.fromhex(broker.next()["message"])
+
+    clock.now += LOOK_AFTER - 0.01
+    assert to.overdue() == []
+    clock.now += 0.01
+    assert to.overdue() == [name]
+    # Past its deadline nobody cares any more.
+    clock.now += 30
+    assert to.overdue() == []
+    assert broker.expected == {}
+
+
+def test_a_message_nobody_claims_is_named_once_more(broker: Broker) -> None:
+    clock = Clock()
+    to = coalescer(broker, clock=clock)
+    (answer,) = submit(to)
+    first = broker.next()
+
+    is_seen(to, first, Where.WAITING)
+    assert broker.sent == [first]
+    clock.now += NUDGE_AFTER
+    is_seen(to, first, Where.WAITING, looks=10)
+    # The same tensors, the same deadlines: whoever comes first claims it, the other finds nothing.
+    assert broker.sent == [first, first]
+    assert len(broker.ttls) == 1
+    broker.answer(first)
+    assert answer.result(5)
+
+
+def test_a_message_that_could_not_be_named_again_is_named_at_the_next_look(broker: Broker) -> None:
+    clock = Clock()
+    to = coalescer(broker, clock=clock)
+    submit(to)
+    first = broker.next()
+    clock.now += NUDGE_AFTER
+    broker.down = True
+    with pytest.raises(Unavailable):
+        is_seen(to, first, Where.WAITING)
+    broker.down = False
+    is_seen(to, first, Where.WAITING)
+    assert len(broker.sent) == 2
+
+
+def test_a_message_somebody_runs_is_waited_for(broker: Broker) -> None:
+    clock = Clock()
+    to = coalescer(broker, clock=clock)
+    submit(to)
+    first = broker.next()
+    clock.now += 20
+    is_seen(to, first, Where.RUNNING, looks=40)
+    assert broker.sent == [first]
+
+
+def test_a_lost_message_is_sent_again_with_what_is_left_of_its_deadlines(broker: Broker) -> None:
+    clock = Clock()
+    to = coalescer(broker, clock=clock)
+    submit(to)
+    occupying = broker.next()
+    short, long = submit(to, timeout=3) + submit(to, timeout=30)
+    broker.answer(occupying)
+    first = broker.next()
+    del broker.blobs[first["message"]]
+
+    clock.now += 10
+    is_seen(to, first, Where.NOWHERE, looks=LOST_LOOKS - 1)
+    # Seen in between: it was only on its way from here to there.
+    is_seen(to, first, Where.RUNNING)
+    is_seen(to, first, Where.NOWHERE, looks=LOST_LOOKS - 1)
+    assert broker.sent[-1] == first
+    is_seen(to, first, Where.NOWHERE)
+    second = broker.next()
+
+    assert second["message"] == first["message"]
+    assert broker.ttls[-1] == max(second["deadlines"])
+    assert second["deadlines"] == pytest.approx([left - 10 for left in first["deadlines"]])
+    # Its worker sees that the time of one of them is over.
+    assert [left > 0 for left in second["deadlines"]] == [False, True]
+    broker.answer(second)
+    assert short.done()
+    assert isinstance(long.result(5).outcome, InferResult)
+
+
+def test_a_message_lost_twice_is_given_up_at_once(broker: Broker) -> None:
+    clock = Clock()
+    to = coalescer(broker, clock=clock)
+    (answer,) = submit(to)
+    first = broker.next()
+    is_seen(to, first, Where.NOWHERE, looks=LOST_LOOKS)
+    assert not answer.done()
+    is_seen(to, first, Where.NOWHERE, looks=LOST_LOOKS)
+
+    outcome = answer.result(5).outcome
+    assert isinstance(outcome, Unavailable)
+    assert outcome.retry_after
+    assert broker.sent == [first, broker.next()]
+    # And its place is free.
+    submit(to)
+    assert broker.next()["message"] != first["message"]
+
+
+def test_a_message_answered_twice_is_answered_once(broker: Broker) -> None:
+    clock = Clock()
+    to = coalescer(broker, clock=clock)
+    (answer,) = submit(to)
+    first = broker.next()
+    late = broker.expected[bytes.fromhex(first["message"])]
+    is_seen(to, first, Where.NOWHERE, looks=LOST_LOOKS)
+    broker.answer(broker.next())
+    late(frames.encode_outcomes([Unavailable("too late to say so")]))
+    assert isinstance(answer.result(5).outcome, InferResult)
+
+
+def test_when_a_lost_message_cannot_be_sent_again_everybody_in_it_hears_it(broker: Broker) -> None:
+    to = coalescer(broker)
+    (answer,) = submit(to)
+    first = broker.next()
+    broker.down = True
+    is_seen(to, first, Where.NOWHERE, looks=LOST_LOOKS)
+    assert isinstance(answer.result(5).outcome, Unavailable)
+
+
+def test_a_message_sent_again_may_be_named_again(broker: Broker) -> None:
+    clock = Clock()
+    to = coalescer(broker, clock=clock)
+    submit(to)
+    first = broker.next()
+    is_seen(to, first, Where.NOWHERE, looks=LOST_LOOKS)
+    second = broker.next()
+    is_seen(to, first, Where.WAITING)
+    assert broker.sent == [first, second]
+    clock.now += NUDGE_AFTER
+    is_seen(to, first, Where.WAITING)
+    assert broker.sent == [first, second, second]

@@ -1,0 +1,95 @@
+"""A message in flight, and what is to be done about one that takes long.
+
+    it is        because                           then
+    waiting      its tensors lie in Redis          named to the workers again, once: the broker may
+                                                   have lost it, and tensors are claimed only once
+    running      a worker says so every second     nothing
+    nowhere      neither, look after look: its     stored and sent again, once; the second time
+                 worker died, or Redis forgot it   those who wait for it are told to come again
+
+So a message is run twice at most: what kills workers kills two of them.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from errors import TidegateError
+from inference.tensors import InferRequest, InferResult
+from storage.redis_state import Where
+
+LOOK_AFTER = 1.0
+"""Seconds for an answer in which nobody wonders where a message is."""
+NUDGE_AFTER = 2.0
+"""Seconds a message may wait for a worker before it is named again. A long queue takes as long, and
+costs a worker a look at something that is gone."""
+LOST_LOOKS = 5
+"""Looks in a row that find a message nowhere before it is lost: four pauses of the lookout, twice
+as long as a living worker takes to say what it runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back for one request, and how many requests travelled with it."""
+
+    outcome: InferResult | TidegateError
+    batch_size: int
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A request on its way; `until` is on the process's monotonic clock, `size` in bytes."""
+
+    request: InferRequest
+    size: int
+    until: float
+    answer: Future[Answer] = field(default_factory=Future)
+
+
+class Move(Enum):
+    """What is to be done about a message."""
+
+    NONE = auto()
+    NUDGE = auto()
+    RESEND = auto()
+    GIVE_UP = auto()
+
+
+@dataclass(slots=True)
+class Flight:
+    """A message and the requests in it, since it was sent last."""
+
+    message: bytes
+    batch: list[Waiting]
+    sent: float
+    until: float = field(init=False)
+    """When the last of its requests is over."""
+    size: int = field(init=False)
+    again: bool = False
+    """This is its second time."""
+    nudged: bool = False
+    missing: int = 0
+    """Looks in a row that found it nowhere."""
+
+    def __post_init__(self) -> None:
+        self.until = max(waiting.until for waiting in self.batch)
+        self.size = sum(waiting.size for waiting in self.batch)
+
+    def deadlines(self) -> list[float]:
+        """Seconds from `sent` that each of its requests has. None of a message's deadlines moves
+        when it is sent again: whoever claims it counts from when its tensors were stored."""
+        return [round(waiting.until - self.sent, 3) for waiting in self.batch]
+
+    def seen(self, where: Where, now: float) -> Move:
+        """Take note of where it is."""
+        self.missing = self.missing + 1 if where is Where.NOWHERE else 0
+        if self.missing >= LOST_LOOKS:
+            return Move.GIVE_UP if self.again else Move.RESEND
+        overdue = where is Where.WAITING and now - self.sent >= NUDGE_AFTER
+        return Move.NUDGE if overdue and not self.nudged else Move.NONE
+
+    def resent(self, now: float) -> None:
+        """Take note that it starts anew, with what is left of its deadlines."""
+        self.sent, self.again, self.nudged, self.missing = now, True, False, 0
