@@ -6,6 +6,7 @@ import json
 import secrets
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
@@ -25,16 +26,19 @@ from errors import (
     Unavailable,
 )
 from inference import frames
+from inference.client import TritonServer
 from inference.fake import Delay, Fail, FakeTriton
 from inference.tensors import InferRequest, InferResult, Tensor
 from storage.dead_letters import LetterFilter
 from storage.files import FileRow, file_key
+from storage.redis_state import RedisState, Where
 from storage.work import Hint, NewBatch, NewJob
 from tasks import bootstrap, messages
 from tasks.bootstrap import WorkerServices, build_worker_services
 from tasks.chunks import run_chunks
 from tasks.pump import Pump, publish
 from tasks.realtime import run_query, run_realtime
+from tasks.running import Running
 from workers import sweeper
 from workers.app import build_app
 
@@ -565,6 +569,83 @@ def test_when_triton_is_away_the_whole_message_hears_it(worker: Worker) -> None:
     (outcome,) = replies(worker, gateway)
     assert isinstance(outcome, Unavailable)
     worker.fake.script("identity", [])
+
+
+def test_a_message_is_waiting_then_running_then_nowhere(worker: Worker) -> None:
+    name, message = send(worker, [ints(1)], [30])
+    state = worker.services.state
+    running = Running(state, "worker", every=3600)
+
+    def where() -> Where:
+        running.say()
+        found = state.whereabouts([secrets.token_bytes(16), message])
+        assert found[0] is Where.NOWHERE
+        return found[1]
+
+    assert where() is Where.WAITING
+    assert state.claim_blob(message) is not None
+    assert where() is Where.NOWHERE
+    with running.message(message):
+        assert where() is Where.RUNNING
+    # What was said last is believed for a while, though not long.
+    assert where() is Where.RUNNING
+    key = state._key("running", name)
+    assert 0 < state._redis.pttl(key) <= 3000
+    assert state._redis.get(key) == b"worker"
+
+
+def test_a_worker_says_what_it_runs_while_it_runs_it(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, message = send(worker, [ints(1)], [30])
+    running = threading.Event()
+    monkeypatch.setattr(TritonServer, "infer_many", lambda *_: [ModelFailed(str(running.wait(20)))])
+    gateway = secrets.token_hex(4)
+    asked = {"message": name, "gateway": gateway, "deadlines": [30]}
+    with ThreadPoolExecutor(1) as pool:
+        ran = pool.submit(run_realtime.apply, kwargs=asked, throw=True)
+        while not ran.done():
+            if worker.services.state.whereabouts([message]) == [Where.RUNNING]:
+                running.set()
+        ran.result()
+    (outcome,) = replies(worker, gateway)
+    assert isinstance(outcome, ModelFailed)
+    assert outcome.message == "True"
+
+
+def test_an_answer_is_given_once_redis_is_back(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _ = send(worker, [ints(1)], [30])
+    gateway = secrets.token_hex(4)
+    reply, refusals = RedisState.reply, [Unavailable("away")] * 2
+
+    def away_at_first(*args: Any) -> None:
+        if refusals:
+            raise refusals.pop()
+        reply(*args)
+
+    monkeypatch.setattr(RedisState, "reply", away_at_first)
+    run_realtime.apply(kwargs={"message": name, "gateway": gateway, "deadlines": [30]}, throw=True)
+    assert len(replies(worker, gateway)) == 1
+
+
+def test_an_answer_nobody_waits_for_any_more_is_not_given(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _ = send(worker, [ints(1)], [0.5])
+    tried = 0
+
+    def away(*_: Any) -> None:
+        nonlocal tried
+        tried += 1
+        raise Unavailable("away")
+
+    monkeypatch.setattr(RedisState, "reply", away)
+    asked = {"message": name, "gateway": secrets.token_hex(4), "deadlines": [0.5]}
+    with pytest.raises(Unavailable):
+        run_realtime.apply(kwargs=asked, throw=True)
+    assert 1 <= tried <= 4
 
 
 def test_a_query_is_answered_with_what_triton_says_or_with_its_error(worker: Worker) -> None:
