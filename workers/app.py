@@ -7,12 +7,13 @@ from celery.signals import setup_logging
 
 from config import Settings
 from tasks import messages
-from workers import gpu, logs
+from workers import gpu, logs, transport
 
 
 def build_app(settings: Settings) -> Celery:
     """A Celery app for one deployment. Tasks are named, not imported, so that a gateway that only
     sends loads no model client."""
+    transport.install()
     app = Celery("tidegate", broker=settings.broker)
     # Current in every thread, not only in this one: requests and pumps run in others.
     app.set_default()
