@@ -78,8 +78,7 @@ class Flight:
         self.size = sum(waiting.size for waiting in self.batch)
 
     def deadlines(self) -> list[float]:
-        """Seconds from `sent` that each of its requests has. None of a message's deadlines moves
-        when it is sent again: whoever claims it counts from when its tensors were stored."""
+        """Seconds from `sent`, when the tensors are stored, to the end of each request."""
         return [round(waiting.until - self.sent, 3) for waiting in self.batch]
 
     def seen(self, where: Where, now: float) -> Move:

@@ -103,8 +103,8 @@ def ended(reply: Reply) -> bool:
 def runner(client: redis.Redis) -> str:
     """The process that runs the one request there is, by what its worker says."""
 
-    def names() -> set[bytes]:
-        return {name for key in client.keys("tidegate:running:*") if (name := client.get(key))}
+    def names() -> set[Any]:
+        return {client.get(key) for key in client.keys("tidegate:running:*")} - {None}
 
     (name,) = until(names, 20, lambda found: len(found) == 1)
     return "worker-1" if b"gpu1" in name else "worker"
