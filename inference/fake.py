@@ -138,7 +138,7 @@ class FakeTriton:
     def script(self, model: str, steps: Iterable[Fail | Delay]) -> None:
         """What the next requests of a model meet, one step each; then it is itself again."""
         with self._lock:
-            self._models[model].steps.extend(steps)
+            self._models[model].steps = deque(steps)
 
     def counts(self, model: str) -> Counts:
         """A copy of what was counted so far."""

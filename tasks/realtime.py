@@ -19,6 +19,8 @@ from tasks.bootstrap import WorkerServices, worker_services
 
 log = structlog.get_logger(__name__)
 QUERY_TIMEOUT = 5.0
+GRACE = 60.0
+"""Seconds after its deadline in which a message that was called off may come back."""
 REPLY_PAUSE = 0.2
 """Seconds between two tries to answer while Redis is away."""
 
@@ -35,7 +37,10 @@ def run_realtime(message: str, gateway: str, deadlines: list[float]) -> None:
         log.info("nothing to run", action="realtime.gone", message_id=message)
         return
     until = Deadline.after(blob.remaining)
-    with services.running.message(name):
+    with (
+        services.watchdog.watching(messages.REALTIME, blob.remaining + GRACE),
+        services.running.message(name),
+    ):
         outcomes = _outcomes(
             services, blob.data, deadlines, elapsed=max(deadlines) - blob.remaining
         )

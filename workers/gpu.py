@@ -25,12 +25,15 @@ from config import Settings
 from errors import TidegateError, Unavailable
 from inference.client import Deadline
 from tasks import bootstrap, messages
+from tasks.slots import STUCK
 
 log = structlog.get_logger(__name__)
 
 PRESENCE_EVERY = 1.0
 PRESENCE_TTL = 8
 """Seconds: a gateway stops sending to a group this long after its last worker fell silent."""
+STALLED = 60
+"""Looks, `PRESENCE_EVERY` seconds apart, that find the event loop where the last one found it."""
 DRAIN = 10.0
 """Seconds in which a worker that was told to stop ends what it runs; then it gives it back."""
 
@@ -158,7 +161,8 @@ class Presence(bootsteps.StartStopStep):  # type: ignore[misc]
     """Tells gateways that this worker is there, while its event loop turns and its Triton lives.
 
     The loop stamps the time; a thread announces it only while the stamp is fresh: a worker whose
-    loop hangs falls silent, and one slow Redis command never holds up the loop.
+    loop hangs falls silent, and one slow Redis command never holds up the loop. One that hangs for
+    good ends itself, so that its supervisor starts another.
     """
 
     requires = (BatchLane,)
@@ -167,11 +171,12 @@ class Presence(bootsteps.StartStopStep):  # type: ignore[misc]
         self._stamp = time.monotonic()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+        self._announces = False
         super().__init__(c, **options)
 
     def start(self, c: Any) -> None:
-        if not c.controller.takes_realtime:
-            return  # gateways would count on it
+        # Gateways would count on a worker that reads batch work only.
+        self._announces = bool(c.controller.takes_realtime)
         self._stopping.clear()
         self._stamp = time.monotonic()
         c.timer.call_repeatedly(1.0, self._tick)
@@ -183,8 +188,14 @@ class Presence(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def _announce(self) -> None:
         services = bootstrap.worker_services()
+        stamp, looks = self._stamp, 0
         while True:
-            if time.monotonic() - self._stamp < PRESENCE_TTL:
+            # Looks, not seconds: a process that was stopped for an hour has not hung.
+            stamp, looks = self._stamp, looks + 1 if self._stamp == stamp else 0
+            if looks >= STALLED:
+                log.critical("the event loop hangs; ending", action="worker.stalled")
+                os._exit(STUCK)
+            if self._announces and time.monotonic() - self._stamp < PRESENCE_TTL:
                 try:
                     if services.server.live(Deadline.after(1)):
                         services.state.present(services.group, services.name, PRESENCE_TTL)
