@@ -97,13 +97,17 @@ class Chunks:
                 .values(lease_until=moves.clock + moves.seconds(self.lease))
             )
 
-    def lost(self, claims: Sequence[Claim]) -> set[int]:
-        """The chunks of those claims that hold no more: a newer owner, a cancel or a deadline."""
+    def lost(self, claims: Sequence[Claim]) -> list[Claim]:
+        """Those claims that hold no more: a newer owner, a cancel or a deadline."""
         if not claims:
-            return set()
+            return []
+        newest = moves.newest_tokens(claims)
         with self.database.transaction() as connection:
-            held = connection.execute(sa.select(_chunks.id).where(moves.held(claims))).scalars()
-            return {claim.id for claim in claims} - set(held)
+            rows = connection.execute(sa.select(_chunks.id).where(moves.held(claims)))
+            held = set(rows.scalars())
+        return [
+            claim for claim in claims if claim.id not in held or claim.token != newest[claim.id]
+        ]
 
     def retry(self, claims: Sequence[Claim], error: TidegateError, delay: float) -> dict[int, Fate]:
         """Give chunks back after a failed attempt, to run again after `delay` seconds, or declare

@@ -51,8 +51,14 @@ def fence(token: Any) -> sa.ColumnElement[bool]:
 
 def held(claims: Sequence[Claim]) -> sa.ColumnElement[bool]:
     """Those chunks of these claims that are still theirs."""
-    tokens = sa.case({claim.id: claim.token for claim in claims}, value=_chunks.id)
-    return sa.and_(_chunks.id.in_([claim.id for claim in claims]), fence(tokens))
+    newest = newest_tokens(claims)
+    return sa.and_(_chunks.id.in_(list(newest)), fence(sa.case(newest, value=_chunks.id)))
+
+
+def newest_tokens(claims: Sequence[Claim]) -> dict[int, int]:
+    """Of several claims of one chunk, only the newest can still be good: a process that slept
+    through its lease may take the same chunk over from itself."""
+    return {claim.id: claim.token for claim in sorted(claims, key=lambda claim: claim.token)}
 
 
 def lapsed() -> sa.ColumnElement[bool]:

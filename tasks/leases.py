@@ -131,7 +131,7 @@ class Leases:
         running = [one for one in self._all() if one.why is None]
         lost = self._chunks.lost([one.claim for one in running])
         for one in running:
-            if one.claim.id in lost and self._is_held(one):
+            if one.claim in lost and self._is_held(one):
                 log.info("lease lost", action="lease.lost", chunk=one.claim.id)
                 one.call_off(Cancelled("the chunk is not this attempt's any more"))
 

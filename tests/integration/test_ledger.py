@@ -152,8 +152,19 @@ def test_renewing_keeps_a_lease_and_names_what_was_lost(ledger: Ledger) -> None:
     kept, lost = claimed(ledger)
     ledger.jobs.cancel(ledger.tenant, lost.job_id)
     ledger.chunks.renew([kept, lost])
-    assert ledger.chunks.lost([kept, lost]) == {lost.id}
+    assert ledger.chunks.lost([kept, lost]) == [lost]
     assert ledger.backlog.sweep().leases == 0
+
+
+def test_a_worker_that_took_a_chunk_over_from_itself_has_lost_it_once(ledger: Ledger) -> None:
+    submit(ledger)
+    (first,) = claimed(ledger)
+    lapse(ledger)
+    (second,) = ledger.chunks.claim([first.id], "w")
+    for claims in ([first, second], [second, first]):
+        ledger.chunks.renew(claims)
+        assert ledger.chunks.lost(claims) == [first]
+        assert ledger.backlog.sweep().leases == 0
 
 
 def test_a_swept_lease_runs_again_until_its_attempts_are_used_up(ledger: Ledger) -> None:

@@ -49,8 +49,8 @@ class Book:
     def renew(self, claims: Sequence[Claim]) -> None:
         self.renewed = [claim.id for claim in claims]
 
-    def lost(self, claims: Sequence[Claim]) -> set[int]:
-        return {claim.id for claim in claims} & self.taken
+    def lost(self, claims: Sequence[Claim]) -> list[Claim]:
+        return [claim for claim in claims if claim.id in self.taken]
 
 
 def leases(book: Book, now: list[float]) -> Leases:
@@ -115,9 +115,9 @@ def test_what_has_just_been_committed_is_not_lost() -> None:
     book = Book()
     held = leases(book, [0.0])
 
-    def committed_meanwhile(claims: Sequence[Claim]) -> set[int]:
+    def committed_meanwhile(claims: Sequence[Claim]) -> list[Claim]:
         ending.__exit__(None, None, None)
-        return {claim.id for claim in claims}
+        return list(claims)
 
     book.lost = committed_meanwhile  # type: ignore[method-assign]
     ending = held.holding([CLAIM])
