@@ -29,7 +29,8 @@ LEAST_ROOM = 8 * HINT_CHUNKS
 
 
 FILES_GRACE = 60.0
-"""Seconds after its deadline in which a batch's files may still be put together."""
+"""Seconds in which a batch's files may still be put together, after its deadline and after its
+last item."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,9 +214,12 @@ class Backlog:
 
     def _give_up(self, limit: int) -> int:
         """Fail batches whose files nobody could put together though their time is over: a store
-        that stays away must not keep a job from its end."""
+        that stays away must not keep a job from its end. What the sweep ends late, because nobody
+        swept for long, has its time for that too."""
+        grace = moves.now - moves.seconds(FILES_GRACE)
         late = sa.and_(
-            _jobs.deadline_at < moves.now - moves.seconds(FILES_GRACE),
+            _jobs.deadline_at < grace,
+            sa.func.coalesce(_jobs.cancelling_at, _jobs.finalizing_at) < grace,
             _jobs.state.in_([JobState.FINALIZING, JobState.CANCELLING]),
         )
         idle = sa.and_(

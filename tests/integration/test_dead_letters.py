@@ -106,9 +106,31 @@ def test_a_store_that_stays_away_does_not_keep_a_batch_from_its_end(ledger: Ledg
     ledger.chunks.retry([final], ModelNotReady("away"), 0)
     ledger.sql("UPDATE jobs SET deadline_at = now() - interval '30 s' WHERE id = :id", id=job_id)
     assert ledger.backlog.sweep().expired == 0
-    ledger.sql("UPDATE jobs SET deadline_at = now() - interval '2 min' WHERE id = :id", id=job_id)
+    ledger.sql(
+        "UPDATE jobs SET deadline_at = now() - interval '2 min',"
+        " finalizing_at = now() - interval '2 min' WHERE id = :id",
+        id=job_id,
+    )
     assert ledger.backlog.sweep().expired == 1
     assert ledger.jobs.get(ledger.tenant, job_id).state == "failed"
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_batch_that_is_ended_long_after_its_deadline_still_gets_its_files(
+    ledger: Ledger, cancelled: bool
+) -> None:
+    """Nobody swept for minutes: what had finished by then is not thrown away."""
+    job_id, (one, _two) = planned(ledger, 3, 2)
+    ledger.chunks.commit([Done(one, 3, 0, output_key="a")])
+    ledger.sql("UPDATE jobs SET deadline_at = now() - interval '5 min' WHERE id = :id", id=job_id)
+    if cancelled:
+        ledger.jobs.cancel(ledger.tenant, job_id)
+    ledger.backlog.sweep()
+    (final,) = claimed(ledger)
+    assert final.kind is ChunkKind.FINALIZE
+    assert ledger.chunks.commit_files(final, None, None, ok=3, failed=2)
+    state = ledger.jobs.get(ledger.tenant, job_id).state
+    assert state == ("canceled" if cancelled else "expired")
 
 
 # Listing and redriving
