@@ -35,7 +35,7 @@ demo: install ## Show it at work
 
 .PHONY: test
 test: install ## Run all tests
-	@exec $(PYTHON) -m pytest
+	@exec $(PYTHON) -m pytest -n 3 --dist loadfile
 
 .PHONY: test-unit
 test-unit: install ## Run the tests that need no server
