@@ -14,6 +14,7 @@ from errors import Unauthenticated, Unavailable
 from storage.keys import Keys
 from tasks.bootstrap import Services
 from web.catalog import Catalog
+from web.events import Streams
 from web.lane import RealtimeLane
 from web.recorder import Recorder
 from web.waiting import JobWaiter
@@ -83,6 +84,7 @@ class Gateway:
     catalog: Catalog
     recorder: Recorder
     waiter: JobWaiter
+    streams: Streams
 
     @classmethod
     def build(cls, services: Services) -> Gateway:
@@ -100,6 +102,7 @@ class Gateway:
             catalog=Catalog(lane.query, settings.catalog_ttl),
             recorder=Recorder(services.records),
             waiter=JobWaiter(services.jobs),
+            streams=Streams(settings.max_streams, settings.max_tenant_streams),
         )
 
     def close(self) -> None:
