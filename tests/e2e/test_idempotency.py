@@ -11,12 +11,14 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from uuid import UUID
 
 import numpy as np
 import openai
@@ -198,17 +200,18 @@ def test_two_hundred_at_once_make_one_job(fresh: Http) -> None:
     assert len(job_ids(fresh)) == 1
 
 
+def attempt(post: Callable[[], Reply]) -> Reply | None:
+    """None: no answer, or one that says to try again."""
+    try:
+        reply = post()
+    except (OSError, http.client.HTTPException):
+        return None
+    return None if reply.status == 503 else reply
+
+
 def answered(server: Http, key: str, body: object = None) -> Reply:
-    """As a client that does not give up: a 503 or no answer at all means once more."""
-
-    def attempt() -> Reply | None:
-        try:
-            reply = submit(server, key, body)
-        except (OSError, http.client.HTTPException):
-            return None
-        return None if reply.status == 503 else reply
-
-    found = until(attempt, 90)
+    """As a client that does not give up gets it."""
+    found = until(lambda: attempt(partial(submit, server, key, body)), 90)
     assert found is not None
     return found
 
@@ -477,3 +480,51 @@ def test_as_many_jobs_as_keys_however_often_the_gateway_dies(own: Stack) -> None
         assert ended(server, made[key], 60)["status"] == "succeeded"
         result = server.get(f"/v1/jobs/{made[key]}/result").json()
         assert answered_ints(result) == [number]
+
+
+POINTS = ("commit", "publish", "answer")
+"""What a gateway does not come to do any more: see `dying`."""
+
+
+@pytest.fixture
+def deaths(own: Stack, tmp_path: Path) -> Iterator[Path]:
+    """The folder in which to say where the gateway dies next."""
+    usual = own.processes["gateway"]
+    own.stop("gateway")
+    command = ["tests.e2e.dying:app" if word == "web.wsgi:app" else word for word in usual.command]
+    assert command != usual.command
+    env = {**usual.env, "DYING": str(tmp_path)}
+    own.processes["gateway"] = replace(usual, command=command, env=env)
+    own.start(only=("gateway",))
+    yield tmp_path
+    own.stop("gateway")
+    own.processes["gateway"] = usual
+    own.start(only=("gateway",))
+
+
+def test_a_gateway_that_dies_anywhere_on_the_way_leaves_one_job_and_one_batch(
+    own: Stack, deaths: Path
+) -> None:
+    server = Http.of(own)
+    file = upload(server, batch_line("one", ints(1)))
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/jobs": {"model": "identity", "input": ints(1)},
+        "/v1/batches": BATCH | {"input_file_id": file["id"]},
+    }
+    for point in POINTS:
+        for path, body in bodies.items():
+            before = set(job_ids(server))
+            key = new_key()
+            (deaths / point).touch()
+            with pytest.raises((OSError, http.client.HTTPException)):
+                server.post(path, body, Idempotency_Key=key)
+            assert not (deaths / point).exists()
+            retry = partial(attempt, partial(server.post, path, body, Idempotency_Key=key))
+            reply = until(retry, 30)
+            assert reply is not None
+            (job,) = set(job_ids(server)) - before
+            assert reply.json()["id"] in (job, f"batch_{UUID(job).hex}")
+            # Only what had been committed could be found again.
+            assert (reply.headers["Idempotent-Replayed"] == "true") is (point != "commit")
+            # Published or not, it is run.
+            assert ended(server, job, 60)["status"] == "succeeded"
