@@ -14,9 +14,9 @@ from errors import Unauthenticated, Unavailable
 from storage.keys import Keys
 from tasks.bootstrap import Services
 from web.catalog import Catalog
-from web.events import Streams
 from web.lane import RealtimeLane
 from web.recorder import Recorder
+from web.streams import Streams
 from web.waiting import JobWaiter
 
 GRACE = 600.0

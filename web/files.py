@@ -67,8 +67,8 @@ def create() -> Response:
     )
     files = gateway().services.files
     with idempotency.still_there():
-        kept = idempotency.keep(file_id, lambda: files.add(row, once).id, key)
-        return respond(views.file(files.get(tenant(), kept)))
+        kept = idempotency.keep(file_id, lambda: files.add(row, once), key)
+    return respond(views.file(kept))
 
 
 def _blocks(stream: IO[bytes], most: int, digest: hashlib._Hash) -> Iterator[bytes]:

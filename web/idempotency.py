@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import orjson
@@ -24,6 +24,7 @@ from web.http import tenant
 from web.offload import offload
 
 log = structlog.get_logger(__name__)
+T = TypeVar("T")
 
 HEADER = "Idempotency-Key"
 PARAMETER: dict[str, Any] = {
@@ -97,9 +98,10 @@ def earlier(once: Once | None) -> UUID | None:
     return found
 
 
-def keep(made: UUID, write: Callable[[], UUID], stored: str | None = None) -> UUID:
-    """`write` what has been `made` to the ledger, and hear what it keeps: this, or what the key
-    made earlier. The object that was `stored` for it goes again where it is for nothing."""
+def keep(made: UUID, write: Callable[[], T], stored: str | None = None) -> T:
+    """`write` what has been `made` to the ledger, and hear what it keeps, by id or as a row: this,
+    or what the key made earlier. The object that was `stored` for it goes again where it is for
+    nothing."""
     try:
         kept = write()
     except Unavailable:
@@ -108,7 +110,7 @@ def keep(made: UUID, write: Callable[[], UUID], stored: str | None = None) -> UU
     except Exception:
         _discard(stored)
         raise
-    g.replayed = kept != made
+    g.replayed = made not in (kept, getattr(kept, "id", None))
     if g.replayed:
         _discard(stored)
     return kept

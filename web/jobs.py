@@ -17,7 +17,7 @@ from storage import ids
 from storage.idempotency import Once
 from storage.lifecycle import JobKind, JobState, Priority
 from tasks.bootstrap import Services
-from web import durable, etags, events, idempotency, schemas, views
+from web import durable, etags, idempotency, schemas, streams, views
 from web.context import gateway
 from web.http import (
     about,
@@ -125,13 +125,13 @@ def status(job_id: str) -> Response:
 
 
 @blueprint.get("/<job_id>/events")
-@blueprint.doc(parameters=[events.PARAMETER])
-@blueprint.alt_response(200, **events.RESPONSE)
+@blueprint.doc(parameters=[streams.PARAMETER])
+@blueprint.alt_response(200, **streams.RESPONSE)
 def stream(job_id: str) -> Response:
     """One job's progress, as server-sent events."""
     found, owner = read_uuid(job_id, "", "job"), tenant()
     look = partial(_find, gateway().services, owner, found)
-    return events.respond(gateway().streams, gateway().waiter, owner, found, look)
+    return streams.respond(gateway().streams, gateway().waiter, owner, found, look)
 
 
 def _find(services: Services, owner: UUID, job_id: UUID) -> dict[str, Any]:

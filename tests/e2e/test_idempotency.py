@@ -350,6 +350,23 @@ def test_a_batch_sent_again_is_the_same_batch_even_without_its_file(fresh: Http)
     assert len(fresh.get("/v1/batches").json()["data"]) == 1
 
 
+def test_a_webhook_endpoint_made_again_is_the_same_with_the_same_secret(fresh: Http) -> None:
+    key = new_key()
+    asked = {"name": "n", "url": "https://example.com/hook", "event_types": ["job.succeeded"]}
+    first, again = (
+        fresh.post("/v1/webhook_endpoints", asked, Idempotency_Key=key) for _ in range(2)
+    )
+    other = fresh.post("/v1/webhook_endpoints", asked | {"name": "m"}, Idempotency_Key=key)
+
+    assert (first.status, again.status, other.status) == (200, 200, 422)
+    assert again.json() == first.json()
+    assert first.json()["signing_secret"]
+    assert [replayed(reply) for reply in (first, again)] == [False, True]
+    assert fresh("DELETE", f"/v1/webhook_endpoints/{first.json()['id']}").status == 200
+    assert fresh.post("/v1/webhook_endpoints", asked, Idempotency_Key=key).status == 410
+    assert fresh.get("/v1/webhook_endpoints").json()["data"] == []
+
+
 @contextmanager
 def losing(server: Http, answers: int) -> Iterator[tuple[str, list[bytes]]]:
     """An address before the gateway behind which so many first answers get lost: the gateway has

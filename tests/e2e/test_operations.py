@@ -358,6 +358,7 @@ def test_the_api_describes_itself(gateway: Http) -> None:
         ("/v1/jobs", "post", "Idempotency-Key"),
         ("/v1/files", "post", "Idempotency-Key"),
         ("/v1/batches", "post", "Idempotency-Key"),
+        ("/v1/webhook_endpoints", "post", "Idempotency-Key"),
         ("/v1/jobs/{job_id}", "get", "If-None-Match"),
         ("/v1/batches/{batch_id}", "get", "If-None-Match"),
         ("/v1/jobs/{job_id}/events", "get", "Last-Event-ID"),

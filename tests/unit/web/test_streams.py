@@ -11,8 +11,8 @@ from uuid import uuid4
 import pytest
 
 from errors import NotFound, Unavailable
-from web import events
-from web.events import Streams, stream
+from web import streams
+from web.streams import Streams, stream
 
 
 class Script:
@@ -86,7 +86,7 @@ def test_while_the_ledger_is_away_the_stream_waits() -> None:
     script = Script("running", Unavailable("away"), Unavailable("away"), "succeeded")
 
     assert statuses(said(script)) == ["running", "succeeded"]
-    assert script.waits[1:] == [events.AGAIN, events.AGAIN]
+    assert script.waits[1:] == [streams.AGAIN, streams.AGAIN]
 
 
 def test_a_job_that_retention_takes_ends_its_stream() -> None:
@@ -106,7 +106,7 @@ def test_a_process_that_is_about_to_end_ends_its_streams() -> None:
 def test_a_silent_stream_says_now_and_then_that_it_is_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(events, "PING", 0.0)
+    monkeypatch.setattr(streams, "PING", 0.0)
     found = said(Script("running", "running", "running", "succeeded"))
 
     assert sum("" in one for one in found) == 3
@@ -115,24 +115,24 @@ def test_a_silent_stream_says_now_and_then_that_it_is_there(
 def test_a_stream_ends_after_a_while_for_its_client_to_come_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(events, "LONGEST", 0.0)
+    monkeypatch.setattr(streams, "LONGEST", 0.0)
 
     assert statuses(said(Script("running"))) == ["running"]
 
 
 def test_places_are_counted_in_all_and_by_tenant() -> None:
-    streams = Streams(most=3, most_each=2)
+    places = Streams(most=3, most_each=2)
     one, other = uuid4(), uuid4()
-    leave = [streams.enter(one), streams.enter(one)]
+    leave = [places.enter(one), places.enter(one)]
     with pytest.raises(Unavailable) as caught:
-        streams.enter(one)
+        places.enter(one)
     assert caught.value.retry_after
-    streams.enter(other)
+    places.enter(other)
     with pytest.raises(Unavailable):
-        streams.enter(other)
+        places.enter(other)
 
     leave[0]()
     leave[0]()
-    streams.enter(other)
+    places.enter(other)
     with pytest.raises(Unavailable):
-        streams.enter(one)
+        places.enter(one)
