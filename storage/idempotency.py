@@ -60,6 +60,7 @@ def settle(connection: sa.Connection, once: Once | None, made: UUID) -> UUID:
     ).one_or_none()
     if ours is not None:
         return made
+    # The insert has locked the row that it ran into: it is there.
     return _earlier(connection, once) or made
 
 

@@ -148,13 +148,14 @@ class Jobs:
                 sa.select(
                     _jobs.id,
                     _jobs.state,
+                    _jobs.started_at,
                     _jobs.attempts,
                     _jobs.items_total,
                     _jobs.items_ok,
                     _jobs.items_failed,
                 ).where(_jobs.id.in_(list(ids)))
             ).all()
-        return {job_id: Pulse(JobState(state), *counts) for job_id, state, *counts in rows}
+        return {job_id: Pulse(JobState(state), *rest) for job_id, state, *rest in rows}
 
     def result(self, tenant_id: UUID, job_id: UUID) -> tuple[bytes | None, str | None]:
         """Where a one-item job's result is: its bytes, or its object key. Raises `NotFound`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -45,6 +46,7 @@ class Pulse:
     changes, this does."""
 
     state: JobState
+    started_at: datetime | None
     attempts: int
     items: int
     items_ok: int

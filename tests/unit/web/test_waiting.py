@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from uuid import UUID, uuid4
 
 import pytest
@@ -13,9 +14,10 @@ from storage.lifecycle import JobState
 from storage.work import Pulse
 from web.waiting import JobWaiter
 
-QUEUED = Pulse(JobState.QUEUED, 0, 1, 0, 0)
-RUNNING = Pulse(JobState.RUNNING, 1, 1, 0, 0)
-DONE = Pulse(JobState.SUCCEEDED, 1, 1, 1, 0)
+BEGUN = datetime(2026, 1, 1, tzinfo=UTC)
+QUEUED = Pulse(JobState.QUEUED, None, 0, 1, 0, 0)
+RUNNING = Pulse(JobState.RUNNING, BEGUN, 1, 1, 0, 0)
+DONE = Pulse(JobState.SUCCEEDED, BEGUN, 1, 1, 1, 0)
 LONG = 10.0
 
 
