@@ -109,6 +109,10 @@ class Settings:
     """The longest deadline a realtime request may ask for; it is cut to this."""
     max_wait: float = 60.0
     """Most seconds of `Prefer: wait=n`."""
+    max_streams: int = 1000
+    """Event streams one gateway process serves at a time; beyond it 503."""
+    max_tenant_streams: int = 250
+    """Those of them that one tenant may hold."""
     coalesce_window: int = 3
     """Messages in flight per gateway process and model before requests gather in the next one."""
     coalesce_items: int = 64

@@ -24,6 +24,8 @@ CANDIDATES = 1024
 """Chunks of one tenant the pump looks at in one go."""
 HINT_CHUNKS = 64
 """Most one-item chunks named by one hint: keeps the message far below 4 KiB."""
+MOST_AHEAD = 1000
+"""Chunks counted before one that waits: what is further away than this is just far away."""
 LEAST_ROOM = 8 * HINT_CHUNKS
 """Room for hints in the broker, in shares of a hint, where nothing runs yet."""
 
@@ -153,6 +155,27 @@ class Backlog:
         """Groups with work that could be released."""
         with self.database.transaction() as connection:
             return list(connection.execute(_GROUPS).scalars())
+
+    def position(self, tenant_id: UUID, job_id: UUID) -> int | None:
+        """How many chunks of its group would run before this job begins, up to `MOST_AHEAD`, as if
+        all were one tenant's: those of a more urgent class, and the older ones of its own. None
+        where nothing of it waits."""
+        with self.database.transaction() as connection:
+            mine = connection.execute(
+                sa.select(_chunks.id, _chunks.state, _chunks.group_name, _chunks.priority)
+                .where(
+                    _chunks.job_id == job_id,
+                    _chunks.tenant_id == tenant_id,
+                    _chunks.state.in_([ChunkState.QUEUED, ChunkState.RELEASED]),
+                )
+                .order_by(_chunks.seq)
+                .limit(1)
+            ).one_or_none()
+            if mine is None:
+                return None
+            place = {"group": mine.group_name, "priority": mine.priority, "id": mine.id}
+            ahead = _AHEAD_QUEUED if mine.state == ChunkState.QUEUED else _AHEAD_RELEASED
+            return int(connection.execute(ahead, place | {"most": MOST_AHEAD}).scalar_one())
 
     def stranded(self, limit: int = 8) -> list[int]:
         """Chunks that need no model, and that no GPU worker comes for: nobody has claimed them for
@@ -305,6 +328,52 @@ _CANDIDATES = sa.text(
          ORDER BY c.id LIMIT :limit
          FOR UPDATE SKIP LOCKED
      ) oldest
+    """
+)
+
+# What is in the broker runs first.
+_AHEAD_RELEASED = sa.text(
+    """
+    SELECT count(*) FROM (
+        SELECT FROM chunks
+         WHERE state = 'released' AND group_name = :group AND (priority, id) < (:priority, :id)
+         LIMIT :most
+    ) ahead
+    """
+)
+
+# Then the more urgent classes, then the older ones of its own class: those by tenant, as above, for
+# the index to find them without walking over the younger ones. Written so that no other index than
+# the backlog's own will do: one over all chunks would walk over everything that ever ran.
+_AHEAD_QUEUED = sa.text(
+    """
+    WITH RECURSIVE waiting AS (
+        (SELECT tenant_id FROM chunks
+          WHERE state = 'queued' AND group_name = :group AND priority = :priority
+          ORDER BY tenant_id LIMIT 1)
+        UNION ALL
+        SELECT (SELECT c.tenant_id FROM chunks c
+                 WHERE c.state = 'queued' AND c.group_name = :group AND c.priority = :priority
+                   AND c.tenant_id > waiting.tenant_id
+                 ORDER BY c.tenant_id LIMIT 1)
+          FROM waiting WHERE waiting.tenant_id IS NOT NULL
+    )
+    SELECT count(*) FROM (
+        (SELECT 1 FROM chunks WHERE state = 'released' AND group_name = :group LIMIT :most)
+        UNION ALL
+        (SELECT 1 FROM chunks
+          WHERE state = 'queued' AND group_name = :group AND priority < :priority
+          ORDER BY priority, tenant_id, id LIMIT :most)
+        UNION ALL
+        (SELECT 1 FROM waiting CROSS JOIN LATERAL (
+            SELECT 1 FROM chunks c
+             WHERE c.state = 'queued' AND c.group_name = :group AND c.priority = :priority
+               AND (c.tenant_id, c.id) >= (waiting.tenant_id, 0)
+               AND (c.tenant_id, c.id) < (waiting.tenant_id, :id)
+             LIMIT :most
+         ) older)
+        LIMIT :most
+    ) ahead
     """
 )
 

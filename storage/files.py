@@ -10,8 +10,9 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from errors import NotFound
-from storage import tables
+from storage import idempotency, tables
 from storage.database import Database
+from storage.idempotency import Once
 
 _files = tables.files.c
 _COLUMNS = (
@@ -71,11 +72,15 @@ class Files:
 
     database: Database
 
-    def add(self, row: FileRow) -> FileRow:
-        """Record a file whose bytes are already stored; the row with its times."""
+    def add(self, row: FileRow, once: Once | None = None) -> FileRow:
+        """Record a file whose bytes are already stored; the row with its times. Where `once` was
+        there before, that is the earlier file's, and nothing has been recorded. Raises `KeyReused`,
+        and `NotFound` where the earlier one is gone."""
         with self.database.transaction() as connection:
-            insert_file(connection, row)
-        return self.get(row.tenant_id, row.id)
+            made = idempotency.settle(connection, once, row.id)
+            if made == row.id:
+                insert_file(connection, row)
+        return self.get(row.tenant_id, made)
 
     def get(self, tenant_id: UUID, file_id: UUID) -> FileRow:
         """Raises `NotFound`."""

@@ -10,10 +10,11 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from errors import Conflict, NotFound
-from storage import moves, tables
+from storage import idempotency, moves, tables
 from storage.database import Database, Row
+from storage.idempotency import Once
 from storage.lifecycle import ChunkKind, ChunkState, JobKind, JobState
-from storage.work import ChunkPlan, NewBatch, NewJob
+from storage.work import ChunkPlan, NewBatch, NewJob, Pulse
 
 _jobs, _batches = tables.jobs.c, tables.batches.c
 
@@ -24,9 +25,14 @@ class Jobs:
 
     database: Database
 
-    def submit(self, jobs: Sequence[NewJob]) -> None:
-        """Accept one-item jobs; when this returns they are durable."""
+    def submit(self, jobs: Sequence[NewJob], once: Once | None = None) -> UUID:
+        """Accept one-item jobs; when this returns they are durable. The first one's id, or, where
+        `once` was there before, the earlier job's, and nothing has been accepted. Raises
+        `KeyReused`."""
         with self.database.transaction() as connection:
+            first = idempotency.settle(connection, once, jobs[0].id)
+            if first != jobs[0].id:
+                return first
             self._insert(connection, jobs, JobKind.INFER)
             moves.insert_chunks(
                 connection,
@@ -35,10 +41,15 @@ class Jobs:
                     for job in jobs
                 ],
             )
+        return first
 
-    def submit_batch(self, job: NewJob, batch: NewBatch) -> None:
-        """Accept a batch. Its first chunk reads the file."""
+    def submit_batch(self, job: NewJob, batch: NewBatch, once: Once | None = None) -> UUID:
+        """Accept a batch: its id, or, as with `submit`, an earlier one's. Its first chunk reads
+        the file."""
         with self.database.transaction() as connection:
+            made = idempotency.settle(connection, once, job.id)
+            if made != job.id:
+                return made
             self._insert(connection, [job], JobKind.BATCH)
             connection.execute(
                 sa.insert(tables.batches),
@@ -55,6 +66,7 @@ class Jobs:
                 connection,
                 [moves.chunk_row(job, seq=0, kind=ChunkKind.PLAN, plan=ChunkPlan(1, 0, 0, 0))],
             )
+        return made
 
     def _insert(self, connection: sa.Connection, jobs: Sequence[NewJob], kind: JobKind) -> None:
         one = kind is JobKind.INFER
@@ -129,16 +141,21 @@ class Jobs:
         with self.database.transaction() as connection:
             return connection.execute(query.order_by(_jobs.id.desc()).limit(limit)).all()
 
-    def ended(self, ids: Iterable[UUID]) -> set[UUID]:
-        """Those of `ids` in a terminal state."""
+    def pulses(self, ids: Iterable[UUID]) -> dict[UUID, Pulse]:
+        """How these jobs are doing, as far as they exist."""
         with self.database.transaction() as connection:
-            return set(
-                connection.execute(
-                    sa.select(_jobs.id).where(
-                        _jobs.id.in_(list(ids)), _jobs.finished_at.is_not(None)
-                    )
-                ).scalars()
-            )
+            rows = connection.execute(
+                sa.select(
+                    _jobs.id,
+                    _jobs.state,
+                    _jobs.started_at,
+                    _jobs.attempts,
+                    _jobs.items_total,
+                    _jobs.items_ok,
+                    _jobs.items_failed,
+                ).where(_jobs.id.in_(list(ids)))
+            ).all()
+        return {job_id: Pulse(JobState(state), *rest) for job_id, state, *rest in rows}
 
     def result(self, tenant_id: UUID, job_id: UUID) -> tuple[bytes | None, str | None]:
         """Where a one-item job's result is: its bytes, or its object key. Raises `NotFound`."""

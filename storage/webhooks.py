@@ -17,9 +17,10 @@ import sqlalchemy as sa
 import uuid_utils.compat as uuids
 
 from errors import Conflict, NotFound
-from storage import moves, tables
+from storage import idempotency, moves, tables
 from storage.database import Database, Row
 from storage.events import DeliveryState
+from storage.idempotency import Once
 
 _webhooks, _deliveries = tables.webhooks.c, tables.deliveries.c
 
@@ -46,9 +47,24 @@ class Webhooks:
         key = hmac.digest(b"webhook:" + self.secret.encode(), text, "sha256")
         return f"whsec_{base64.b64encode(key).decode()}"
 
-    def create(self, tenant_id: UUID, *, name: str, url: str, events: Sequence[str]) -> Row:
-        """Raises `Conflict` where the tenant has as many as it may."""
+    def create(
+        self,
+        tenant_id: UUID,
+        *,
+        name: str,
+        url: str,
+        events: Sequence[str],
+        webhook_id: UUID | None = None,
+        once: Once | None = None,
+    ) -> Row:
+        """Where `once` was there before, the answer is what it made then. Raises `Conflict` where
+        the tenant has as many as it may, `KeyReused`, and `NotFound` where the earlier one is
+        gone."""
+        webhook_id = webhook_id or uuids.uuid7()
         with self.database.transaction() as connection:
+            made = idempotency.settle(connection, once, webhook_id)
+            if made != webhook_id:
+                return _one(connection.execute(sa.select(*_webhooks).where(_is(tenant_id, made))))
             # Creates of one tenant take turns: none is counted too few.
             connection.execute(
                 sa.select(tables.tenants.c.id)
@@ -62,9 +78,7 @@ class Webhooks:
                 raise Conflict(f"there are {MOST} webhook endpoints, the most: delete one first")
             return connection.execute(
                 sa.insert(tables.webhooks)
-                .values(
-                    id=uuids.uuid7(), tenant_id=tenant_id, name=name, url=url, events=list(events)
-                )
+                .values(id=webhook_id, tenant_id=tenant_id, name=name, url=url, events=list(events))
                 .returning(*_webhooks)
             ).one()
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 from errors import TidegateError
-from storage.lifecycle import ChunkKind, ChunkState, JobKind, Priority
+from storage.lifecycle import ChunkKind, ChunkState, JobKind, JobState, Priority
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,19 @@ class NewBatch:
     input_file_id: UUID
     output_ttl: int | None = None
     """Seconds after which the output files expire."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """A job in so few words that it can be asked for often: whatever a client sees of a job
+    changes, this does."""
+
+    state: JobState
+    started_at: datetime | None
+    attempts: int
+    items: int
+    items_ok: int
+    items_failed: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from storage.database import Database
 from storage.dead_letters import DeadLetters
 from storage.deliveries import Deliveries
 from storage.files import Files
+from storage.idempotency import Idempotency
 from storage.ids import IdMint
 from storage.jobs import Jobs
 from storage.keys import Keys
@@ -41,6 +42,7 @@ class Services:
     backlog: Backlog
     files: Files
     keys: Keys
+    idempotency: Idempotency
     records: Records
     webhooks: Webhooks
     deliveries: Deliveries
@@ -96,6 +98,7 @@ def build_services(settings: Settings, *, pool_size: int = 8, **overrides: Any) 
         "backlog": backlog,
         "files": Files(database),
         "keys": Keys(database, settings.secret),
+        "idempotency": Idempotency(database),
         "records": Records(database),
         "webhooks": Webhooks(database, settings.secret),
         # A try ends within its timeout; then there is time to write down what came of it.

@@ -75,5 +75,7 @@ def _end(response: Response) -> Response:
     response.headers["X-Request-ID"] = g.get("request_id", "")
     if "job_id" in g:
         response.headers["Tidegate-Job-Id"] = str(g.job_id)
+    if g.get("replayed"):
+        response.headers["Idempotent-Replayed"] = "true"
     response.headers["X-Content-Type-Options"] = "nosniff"
     return response

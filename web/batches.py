@@ -9,10 +9,11 @@ import uuid_utils.compat as uuids
 from flask import Response, request
 
 from errors import BadRequest, Conflict, NotFound
+from storage.idempotency import Once
 from storage.lifecycle import JobKind, JobState, Priority
 from storage.work import NewBatch, NewJob
 from tasks.batch_lines import parse_endpoint
-from web import files, schemas, views
+from web import etags, files, idempotency, schemas, views
 from web.context import gateway
 from web.http import about, page_limit, read_uuid, require_json, require_key, tenant
 from web.json import ApiBlueprint, respond
@@ -23,10 +24,18 @@ blueprint.before_request(require_json)
 
 
 @blueprint.post("")
+@blueprint.doc(parameters=[idempotency.PARAMETER])
 @blueprint.arguments(schemas.BatchCreate)
 @blueprint.alt_response(200, schema=schemas.Batch, description="Accepted: the batch is durable.")
 def create(body: dict[str, Any]) -> Response:
     """Run a model on every line of a file."""
+    once = idempotency.asked()
+    job_id = idempotency.earlier(once) or _accept(body, once)
+    with idempotency.still_there():
+        return _batch(job_id)
+
+
+def _accept(body: dict[str, Any], once: Once | None) -> UUID:
     services = gateway().services
     with about("endpoint"):
         model, version = parse_endpoint(body["endpoint"])
@@ -35,27 +44,25 @@ def create(body: dict[str, Any]) -> Response:
         file = files.find(body["input_file_id"])
         if file.purpose != "batch":
             raise BadRequest("input_file_id: the file's purpose must be batch")
-    job_id = uuids.uuid7()
-    services.jobs.submit_batch(
-        NewJob(
-            id=job_id,
-            tenant_id=tenant(),
-            group=services.settings.group,
-            model=model,
-            version=version,
-            deadline=schemas.parse_window(body["completion_window"]),
-            priority=Priority[body["priority"].upper()],
-            metadata=body.get("metadata"),
-        ),
-        NewBatch(
-            endpoint=body["endpoint"],
-            completion_window=body["completion_window"],
-            input_file_id=file.id,
-            output_ttl=body.get("output_expires_after", {}).get("seconds"),
-        ),
+    job = NewJob(
+        id=uuids.uuid7(),
+        tenant_id=tenant(),
+        group=services.settings.group,
+        model=model,
+        version=version,
+        deadline=schemas.parse_window(body["completion_window"]),
+        priority=Priority[body["priority"].upper()],
+        metadata=body.get("metadata"),
     )
+    batch = NewBatch(
+        endpoint=body["endpoint"],
+        completion_window=body["completion_window"],
+        input_file_id=file.id,
+        output_ttl=body.get("output_expires_after", {}).get("seconds"),
+    )
+    kept = idempotency.keep(job.id, lambda: services.jobs.submit_batch(job, batch, once))
     services.pump.kick(services.settings.group)
-    return _batch(job_id)
+    return kept
 
 
 def _batch(job_id: UUID) -> Response:
@@ -84,10 +91,12 @@ def batches() -> Response:
 
 
 @blueprint.get("/<batch_id>")
-@blueprint.alt_response(200, schema=schemas.Batch)
+@blueprint.doc(parameters=[etags.PARAMETER])
+@blueprint.alt_response(200, schema=schemas.Batch, headers=etags.HEADERS)
+@blueprint.alt_response(304, description="As it was.")
 def retrieve(batch_id: str) -> Response:
     """How a batch is doing."""
-    return _batch(read_uuid(batch_id, "batch_", "batch"))
+    return etags.respond(views.batch(_find(read_uuid(batch_id, "batch_", "batch"))))
 
 
 @blueprint.post("/<batch_id>/cancel")

@@ -16,6 +16,7 @@ from tasks.bootstrap import Services
 from web.catalog import Catalog
 from web.lane import RealtimeLane
 from web.recorder import Recorder
+from web.streams import Streams
 from web.waiting import JobWaiter
 
 GRACE = 600.0
@@ -83,6 +84,7 @@ class Gateway:
     catalog: Catalog
     recorder: Recorder
     waiter: JobWaiter
+    streams: Streams
 
     @classmethod
     def build(cls, services: Services) -> Gateway:
@@ -100,6 +102,7 @@ class Gateway:
             catalog=Catalog(lane.query, settings.catalog_ttl),
             recorder=Recorder(services.records),
             waiter=JobWaiter(services.jobs),
+            streams=Streams(settings.max_streams, settings.max_tenant_streams),
         )
 
     def close(self) -> None:

@@ -12,9 +12,10 @@ from flask import Response, g
 from errors import TidegateError, from_wire
 from inference import frames
 from inference.tensors import InferRequest, InferResult
+from storage.idempotency import Once
 from storage.lifecycle import JobState, Priority
 from storage.work import NewJob
-from web import views
+from web import idempotency, views
 from web.context import gateway
 from web.http import Preference, tenant
 from web.json import respond
@@ -27,8 +28,10 @@ def submit(
     within: float,
     priority: Priority = Priority.NORMAL,
     metadata: Mapping[str, str] | None = None,
+    once: Once | None = None,
 ) -> UUID:
-    """Accept one inference as a job to end within so many seconds. It is durable on return."""
+    """Accept one inference as a job to end within so many seconds. It is durable on return. With
+    `once`, the job may be one that was accepted earlier."""
     services = gateway().services
     job_id = uuids.uuid7()
     frame: bytes | None = (encoded := frames.encode_requests([asked]))
@@ -37,39 +40,30 @@ def submit(
         key = f"jobs/{tenant().hex}/{job_id.hex}/input"
         offload(services.objects.put, key, encoded)
         frame = None
-    services.jobs.submit(
-        [
-            NewJob(
-                id=job_id,
-                tenant_id=tenant(),
-                group=services.settings.group,
-                model=asked.model,
-                version=asked.version,
-                deadline=within,
-                priority=priority,
-                input=frame,
-                input_key=key,
-                metadata=metadata,
-            )
-        ]
+    job = NewJob(
+        id=job_id,
+        tenant_id=tenant(),
+        group=services.settings.group,
+        model=asked.model,
+        version=asked.version,
+        deadline=within,
+        priority=priority,
+        input=frame,
+        input_key=key,
+        metadata=metadata,
     )
-    g.job_id = job_id
+    kept = idempotency.keep(job_id, lambda: services.jobs.submit([job], once), key)
     services.pump.kick(services.settings.group)
-    return job_id
+    return kept
 
 
 def infer(
-    asked: InferRequest,
-    preferred: Preference,
-    *,
-    within: float,
-    render: Callable[[InferResult], Response],
+    job_id: UUID, preferred: Preference, *, render: Callable[[InferResult], Response]
 ) -> Response:
     """202 with the job, or, where it ends while the client waits, its answer."""
-    job_id = submit(asked, within=within)
     if preferred.wait is not None and not preferred.respond_async:
         gateway().waiter.wait(job_id, preferred.wait)
-        row = gateway().services.jobs.get(tenant(), job_id)
+        row = _row(job_id)
         if JobState(row.state).terminal:
             response = render(result(job_id, row))
             response.headers.update(preferred.applied())
@@ -79,13 +73,20 @@ def infer(
 
 def accepted(job_id: UUID, preferred: Preference, *, ended: int = 202) -> Response:
     """The job, and where to look; status `ended` where it has reached its end."""
-    row = gateway().services.jobs.get(tenant(), job_id)
+    row = _row(job_id)
     job = views.job(row)
     headers = {"Location": job["urls"]["self"], **preferred.applied()}
     terminal = JobState(row.state).terminal
     if not terminal:
         headers["Retry-After"] = "1"
     return respond(job, ended if terminal else 202, headers)
+
+
+def _row(job_id: UUID) -> Any:
+    """The job that a request was about, which may be one that it had made before."""
+    g.job_id = job_id
+    with idempotency.still_there():
+        return gateway().services.jobs.get(tenant(), job_id)
 
 
 def result(job_id: UUID, row: Any) -> InferResult:

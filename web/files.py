@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -13,7 +14,7 @@ from flask import Response, request
 from errors import BadRequest, TooLarge
 from storage import objects
 from storage.files import FileRow, file_key
-from web import schemas, views
+from web import idempotency, schemas, views
 from web.context import gateway
 from web.http import page_limit, read_uuid, require_key, tenant
 from web.json import ApiBlueprint, respond
@@ -34,6 +35,7 @@ def _limit() -> None:
 
 
 @blueprint.post("")
+@blueprint.doc(parameters=[idempotency.PARAMETER])
 @blueprint.alt_response(200, schema=schemas.File)
 def create() -> Response:
     """Upload a file: multipart with `file` and `purpose=batch`."""
@@ -44,10 +46,12 @@ def create() -> Response:
     if upload is None:
         raise BadRequest("file: is missing", param="file")
     expires_at = _expires_at()
+    idempotency.given()  # One that is no good is refused before anything is stored.
     file_id = uuids.uuid7()
     key = file_key(tenant(), file_id)
     most = gateway().services.settings.max_file_bytes
-    size = offload(gateway().services.objects.put, key, _blocks(upload.stream, most))
+    digest = hashlib.sha256()
+    size = offload(gateway().services.objects.put, key, _blocks(upload.stream, most, digest))
     row = FileRow(
         id=file_id,
         tenant_id=tenant(),
@@ -57,20 +61,23 @@ def create() -> Response:
         key=key,
         expires_at=expires_at,
     )
-    try:
-        return respond(views.file(gateway().services.files.add(row)))
-    except Exception:
-        # Nobody would ever know of these bytes.
-        gateway().services.objects.delete(key)
-        raise
+    expiry = request.form.get("expires_after[seconds]", "")
+    once = idempotency.asked(
+        purpose.encode(), row.filename.encode(), expiry.encode(), digest.digest()
+    )
+    files = gateway().services.files
+    with idempotency.still_there():
+        kept = idempotency.keep(file_id, lambda: files.add(row, once), key)
+    return respond(views.file(kept))
 
 
-def _blocks(stream: IO[bytes], most: int) -> Iterator[bytes]:
+def _blocks(stream: IO[bytes], most: int, digest: hashlib._Hash) -> Iterator[bytes]:
     size = 0
     while block := stream.read(objects.BLOCK):
         size += len(block)
         if size > most:
             raise TooLarge(f"file: larger than {most} bytes", param="file")
+        digest.update(block)
         yield block
 
 

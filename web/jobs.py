@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -13,8 +14,10 @@ from errors import BadRequest, Conflict, NotFound
 from inference import oip
 from inference.metadata import check
 from storage import ids
+from storage.idempotency import Once
 from storage.lifecycle import JobKind, JobState, Priority
-from web import durable, schemas, views
+from tasks.bootstrap import Services
+from web import durable, etags, idempotency, schemas, streams, views
 from web.context import gateway
 from web.http import (
     about,
@@ -37,28 +40,35 @@ RECORD_PATIENCE = 1.0
 
 
 @blueprint.post("")
+@blueprint.doc(parameters=[idempotency.PARAMETER])
 @blueprint.arguments(schemas.JobSubmit)
 @blueprint.alt_response(202, schema=schemas.Job, description="Accepted: the job is durable.")
 @blueprint.alt_response(200, schema=schemas.Job, description="Ended within `Prefer: wait=n`.")
 def submit(body: dict[str, Any]) -> Response:
     """Accept one inference to run in the background."""
+    once = idempotency.asked()
+    job_id = idempotency.earlier(once) or _accept(body, once)
+    preferred = preference(gateway().services.settings.max_wait)
+    if preferred.wait is not None and not preferred.respond_async:
+        gateway().waiter.wait(job_id, preferred.wait)
+        return durable.accepted(job_id, preferred, ended=200)
+    return durable.accepted(job_id, preferred)
+
+
+def _accept(body: dict[str, Any], once: Once | None) -> UUID:
     settings = gateway().services.settings
     with about("model"):
         entry = gateway().catalog.get(body["model"], body["version"])
     with about("input"):
         asked = oip.request_from_json(body["input"], model=body["model"], version=body["version"])
         check(asked, entry.spec)
-    preferred = preference(settings.max_wait)
-    job_id = durable.submit(
+    return durable.submit(
         asked,
         within=deadline(body.get("deadline", settings.job_deadline), schemas.MAX_WINDOW),
         priority=Priority[body["priority"].upper()],
         metadata=body.get("metadata"),
+        once=once,
     )
-    if preferred.wait is not None and not preferred.respond_async:
-        gateway().waiter.wait(job_id, preferred.wait)
-        return durable.accepted(job_id, preferred, ended=200)
-    return durable.accepted(job_id, preferred)
 
 
 @blueprint.get("")
@@ -104,24 +114,36 @@ def _state() -> JobState | None:
 
 
 @blueprint.get("/<job_id>")
-@blueprint.alt_response(200, schema=schemas.Job)
+@blueprint.doc(parameters=[etags.PARAMETER])
+@blueprint.alt_response(200, schema=schemas.Job, headers=etags.HEADERS)
+@blueprint.alt_response(304, description="As it was.")
 def status(job_id: str) -> Response:
     """One job, durable or realtime."""
-    job = _find(read_uuid(job_id, "", "job"))
-    headers = {"Cache-Control": "no-store"}
-    if job["status"] not in {state.value for state in JobState if state.terminal}:
-        headers["Retry-After"] = "1"
-    return respond(job, 200, headers)
+    job = _find(gateway().services, tenant(), read_uuid(job_id, "", "job"))
+    over = JobState(job["status"]).terminal
+    return etags.respond(job, {} if over else {"Retry-After": "1"})
 
 
-def _find(job_id: UUID) -> dict[str, Any]:
+@blueprint.get("/<job_id>/events")
+@blueprint.doc(parameters=[streams.PARAMETER])
+@blueprint.alt_response(200, **streams.RESPONSE)
+def stream(job_id: str) -> Response:
+    """One job's progress, as server-sent events."""
+    found, owner = read_uuid(job_id, "", "job"), tenant()
+    look = partial(_find, gateway().services, owner, found)
+    return streams.respond(gateway().streams, gateway().waiter, owner, found, look)
+
+
+def _find(services: Services, owner: UUID, job_id: UUID) -> dict[str, Any]:
     """The job's view. An id we gave is never unknown, whatever died: see `storage.ids`."""
-    services = gateway().services
-    if not services.ids.minted(job_id, tenant()):
-        return views.job(services.jobs.get(tenant(), job_id))
+    if not services.ids.minted(job_id, owner):
+        row = services.jobs.get(owner, job_id)
+        waits = row.state == JobState.QUEUED
+        position = services.backlog.position(owner, job_id) if waits else None
+        return views.job(row) | {"queue_position": position}
     over_at = time.monotonic() + RECORD_PATIENCE
     while True:
-        record = services.records.get(tenant(), job_id)
+        record = services.records.get(owner, job_id)
         if record is not None:
             return views.record(record)
         if time.monotonic() >= over_at:

@@ -26,7 +26,7 @@ from inference.metadata import check
 from inference.tensors import InferRequest, InferResult
 from storage.lifecycle import JobState
 from storage.records import Record
-from web import durable
+from web import durable, idempotency
 from web.context import gateway
 from web.http import deadline, preference, require_key, tenant
 from web.json import respond
@@ -143,19 +143,19 @@ def infer(model: str, version: str = "") -> Response:
     # Known before the body is: what the model is like must not take longer than the answer may.
     limit = deadline(settings.realtime_timeout, settings.max_realtime_timeout)
     entry = found.catalog.get(*_checked(model, version), timeout=min(limit, QUERY_TIMEOUT))
-    asked, fmt = oip.parse_infer(
-        _body(), _header_length(), model=model, version=version, spec=entry.spec
-    )
+    body, header_length = _body(), _header_length()
+    asked, fmt = oip.parse_infer(body, header_length, model=model, version=version, spec=entry.spec)
     check(asked, entry.spec)
     asked, given = _take_timeout(asked)
     preferred = preference(settings.max_wait)
     if preferred.durable:
-        return durable.infer(
+        job_id = durable.submit(
             asked,
-            preferred,
             within=deadline(given or settings.job_deadline, MAX_WINDOW),
-            render=lambda result: _rendered(result, fmt),
+            # Inflated: compressed again, the same body has other bytes.
+            once=idempotency.asked(body, str(header_length).encode()),
         )
+        return durable.infer(job_id, preferred, render=lambda result: _rendered(result, fmt))
     timeout = deadline(
         given or settings.realtime_timeout,
         settings.max_realtime_timeout,

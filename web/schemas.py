@@ -8,6 +8,7 @@ from typing import Any
 from marshmallow import EXCLUDE, RAISE, Schema, ValidationError, fields, validate
 
 from storage import events
+from storage.backlog import MOST_AHEAD
 from storage.events import DeliveryState
 from storage.lifecycle import ChunkKind, JobKind, JobState, Priority
 
@@ -146,6 +147,13 @@ class Job(Schema):
     priority = fields.String(validate=validate.OneOf(PRIORITIES))
     error = fields.Dict(allow_none=True)
     attempts = fields.Integer()
+    queue_position = fields.Integer(
+        allow_none=True,
+        metadata={
+            "description": "While it waits: about how many pieces of work come before it, counted "
+            f"up to {MOST_AHEAD}. Not in lists."
+        },
+    )
     worker = fields.String(allow_none=True)
     items = fields.Nested(Items)
     created_at = fields.DateTime()

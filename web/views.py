@@ -39,6 +39,7 @@ def job(row: Any) -> dict[str, Any]:
     state = JobState(row.state)
     path = f"/v1/jobs/{row.id}"
     urls = {"self": path, "cancel": f"{path}/cancel", "result": f"{path}/result"}
+    urls["events"] = f"{path}/events"
     if row.kind == JobKind.BATCH:
         urls["batch"] = f"/v1/batches/{batch_id(row.id)}"
     return {
@@ -128,7 +129,7 @@ def record(row: Any) -> dict[str, Any]:
         "completed_at": row.created_at + timedelta(milliseconds=row.duration_ms),
         "metrics": {"total_ms": row.duration_ms, "batch_size": row.batch_size},
         "metadata": {},
-        "urls": {"self": path},
+        "urls": {"self": path, "events": f"{path}/events"},
     }
 
 
@@ -146,7 +147,7 @@ def lost_record(job_id: UUID, *, over: bool) -> dict[str, Any]:
         "error": error if over else None,
         "created_at": ids.created_at(job_id),
         "metadata": {},
-        "urls": {"self": f"/v1/jobs/{job_id}"},
+        "urls": {"self": f"/v1/jobs/{job_id}", "events": f"/v1/jobs/{job_id}/events"},
     }
 
 

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
+import uuid_utils.compat as uuids
 from flask import Response, request
 
 from errors import BadRequest, Unavailable
 from storage import events
 from storage.events import DeliveryState
 from tasks import egress
-from web import schemas, views
+from web import idempotency, schemas, views
 from web.context import gateway
 from web.http import about, page_limit, read_uuid, require_json, require_key, tenant
 from web.json import ApiBlueprint, respond
@@ -36,14 +37,25 @@ def event_types() -> Response:
 
 
 @blueprint.post("/webhook_endpoints")
+@blueprint.doc(parameters=[idempotency.PARAMETER])
 @blueprint.arguments(schemas.WebhookCreate)
 @blueprint.alt_response(200, schema=schemas.WebhookWithSecret)
 def create(body: dict[str, Any]) -> Response:
     """Make an endpoint. Its signing secret is in this answer, and in no other."""
     _check(body["url"])
-    row = gateway().services.webhooks.create(
-        tenant(), name=body["name"], url=body["url"], events=_distinct(body["event_types"])
-    )
+    services, once, webhook_id = gateway().services, idempotency.asked(), uuids.uuid7()
+    with idempotency.still_there():
+        row = idempotency.keep(
+            webhook_id,
+            lambda: services.webhooks.create(
+                tenant(),
+                name=body["name"],
+                url=body["url"],
+                events=_distinct(body["event_types"]),
+                webhook_id=webhook_id,
+                once=once,
+            ),
+        )
     return _with_secret(row)
 
 

@@ -23,6 +23,7 @@ import pytest
 import redis
 import sqlalchemy as sa
 import uuid_utils.compat as uuids
+from openapi_spec_validator import validate
 
 from config import Settings
 from inference import frames
@@ -327,12 +328,14 @@ def test_command_lines_which_are_public_hold_no_password(stack: Stack) -> None:
 def test_the_api_describes_itself(gateway: Http) -> None:
     document = Http(gateway.url).get("/v1/openapi.json").json()
 
+    validate(document)
     assert document["openapi"].startswith("3.1")
     assert document["info"]["title"] == "Tidegate"
     paths = document["paths"]
     for path, methods in {
         "/v1/jobs": {"get", "post"},
         "/v1/jobs/{job_id}": {"get"},
+        "/v1/jobs/{job_id}/events": {"get"},
         "/v1/jobs/{job_id}/result": {"get"},
         "/v1/jobs/{job_id}/cancel": {"post"},
         "/v1/files": {"get", "post"},
@@ -351,6 +354,19 @@ def test_the_api_describes_itself(gateway: Http) -> None:
             assert operation["responses"], (method, path)
             parameters = [*operations.get("parameters", []), *operation.get("parameters", [])]
             assert {p["name"] for p in parameters if p.get("in") == "path"} == named, (method, path)
+    for path, method, header in (
+        ("/v1/jobs", "post", "Idempotency-Key"),
+        ("/v1/files", "post", "Idempotency-Key"),
+        ("/v1/batches", "post", "Idempotency-Key"),
+        ("/v1/webhook_endpoints", "post", "Idempotency-Key"),
+        ("/v1/jobs/{job_id}", "get", "If-None-Match"),
+        ("/v1/batches/{batch_id}", "get", "If-None-Match"),
+        ("/v1/jobs/{job_id}/events", "get", "Last-Event-ID"),
+    ):
+        named = {p["name"] for p in paths[path][method]["parameters"] if p["in"] == "header"}
+        assert header in named, (method, path)
+    streamed = paths["/v1/jobs/{job_id}/events"]["get"]["responses"]["200"]["content"]
+    assert list(streamed) == ["text/event-stream"]
     # Every reference leads somewhere.
     for reference in set(re.findall(r'"\$ref": ?"([^"]+)"', json.dumps(document))):
         found = document

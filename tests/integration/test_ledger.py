@@ -371,7 +371,9 @@ def test_work_and_commits_from_many_threads_finish_every_job_once(ledger: Ledger
             cancelled.add(job_id)
         except Conflict:
             pass
-    while len(ledger.jobs.ended(ids)) < len(ids) and not failures:
+    while not failures and not all(
+        pulse.state.terminal for pulse in ledger.jobs.pulses(ids).values()
+    ):
         stop.wait(0.01)
     stop.set()
     for thread in threads:
