@@ -7,15 +7,17 @@ whoever has read it. A letter is redriven once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 import uuid_utils.compat as uuids
 
 from errors import Gone, NotFound
-from storage import moves, tables
+from storage import idempotency, moves, tables
 from storage.database import Database, Row
+from storage.idempotency import Once
 from storage.lifecycle import ChunkKind, ChunkState, JobKind, JobState
 from storage.work import ChunkPlan
 
@@ -44,6 +46,15 @@ class Redriven:
     more: bool = False
     """There are more letters than one call takes."""
 
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"jobs": [str(job) for job in self.jobs]}
+
+    @classmethod
+    def from_json(cls, told: dict[str, Any]) -> Redriven:
+        """What `to_json` made."""
+        jobs = tuple(UUID(job) for job in told["jobs"])
+        return cls(jobs, told["letters"], tuple(told["gone"]), told["more"])
+
 
 @dataclass(frozen=True, slots=True)
 class DeadLetters:
@@ -71,10 +82,16 @@ class DeadLetters:
             raise NotFound(f"no dead letter dl_{letter}")
         return row
 
-    def redrive(self, tenant_id: UUID, letter: int, deadline: float | None = None) -> UUID:
+    def redrive(
+        self,
+        tenant_id: UUID,
+        letter: int,
+        deadline: float | None = None,
+        once: Once | None = None,
+    ) -> UUID:
         """Run one letter again: the new job, or the one that an earlier redrive made. `deadline` is
         seconds from now; None gives it as long as the old job had. Raises `NotFound`; `Gone` where
-        its input is not kept any more."""
+        its input is not kept any more; `KeyReused`."""
         mine = _mine(tenant_id, LetterFilter())
         with self.database.transaction() as connection:
             row = connection.execute(
@@ -82,20 +99,29 @@ class DeadLetters:
             ).one_or_none()
             if row is None:
                 raise NotFound(f"no dead letter dl_{letter}")
-            if row.redriven_as is not None:
-                earlier: UUID = row.redriven_as
-                return earlier
-            made = _redrive(connection, [row], deadline)
-            if not made.jobs:
-                raise Gone("the input of this dead letter is not kept any more")
-            return made.jobs[0]
+            job_id: UUID | None = row.redriven_as
+            if job_id is None:
+                made = _redrive(connection, [row], deadline)
+                if not made.jobs:
+                    raise Gone("the input of this dead letter is not kept any more")
+                job_id = made.jobs[0]
+            return idempotency.settle(connection, once, job_id)
 
     def redrive_all(
-        self, tenant_id: UUID, chosen: LetterFilter, *, limit: int, deadline: float | None = None
+        self,
+        tenant_id: UUID,
+        chosen: LetterFilter,
+        *,
+        limit: int,
+        deadline: float | None = None,
+        once: Once | None = None,
     ) -> Redriven:
         """Run the oldest `limit` letters again that have not been, one new job for each old one.
-        Those that another call is redriving right now are left to it."""
+        Those that another call is redriving right now are left to it. Raises `KeyReused`."""
         with self.database.transaction() as connection:
+            mark = uuids.uuid7()
+            if idempotency.settle(connection, once, mark) != mark:
+                return Redriven.from_json(idempotency.answer(connection, once))
             rows = connection.execute(
                 sa.select(*_LETTER)
                 .where(_mine(tenant_id, chosen), _chunks.redriven_as.is_(None))
@@ -103,8 +129,9 @@ class DeadLetters:
                 .limit(limit + 1)
                 .with_for_update(skip_locked=True)
             ).all()
-            made = _redrive(connection, rows[:limit], deadline)
-        return Redriven(made.jobs, made.letters, made.gone, more=len(rows) > limit)
+            made = replace(_redrive(connection, rows[:limit], deadline), more=len(rows) > limit)
+            idempotency.keep_answer(connection, once, made.to_json())
+            return made
 
 
 _LETTER = (_chunks.id, _chunks.job_id, _chunks.kind, _chunks.redriven_as)

@@ -7,6 +7,7 @@ the other, and whoever comes second waits for that transaction and finds what it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -64,6 +65,29 @@ def settle(connection: sa.Connection, once: Once | None, made: UUID) -> UUID:
     return _earlier(connection, once) or made
 
 
+def keep_answer(connection: sa.Connection, once: Once | None, answer: dict[str, Any]) -> None:
+    """Write down what was answered, on the transaction that settled the key."""
+    if once is not None:
+        connection.execute(
+            sa.update(tables.idempotency_keys).where(_is(once)).values(answer=answer)
+        )
+
+
+def answer(connection: sa.Connection, once: Once | None) -> dict[str, Any]:
+    """What `keep_answer` wrote down."""
+    assert once is not None
+    found: dict[str, Any] = connection.execute(
+        sa.select(_keys.answer).where(_is(once))
+    ).scalar_one()
+    return found
+
+
+def _is(once: Once) -> sa.ColumnElement[bool]:
+    return sa.and_(
+        _keys.tenant_id == once.tenant_id, _keys.route == once.route, _keys.key == once.key
+    )
+
+
 def _fresh(once: Once) -> sa.ColumnElement[bool]:
     fresh: sa.ColumnElement[bool] = _keys.created_at > moves.now - moves.seconds(once.ttl)
     return fresh
@@ -71,12 +95,7 @@ def _fresh(once: Once) -> sa.ColumnElement[bool]:
 
 def _earlier(connection: sa.Connection, once: Once) -> UUID | None:
     row = connection.execute(
-        sa.select(_keys.fingerprint, _keys.resource_id).where(
-            _keys.tenant_id == once.tenant_id,
-            _keys.route == once.route,
-            _keys.key == once.key,
-            _fresh(once),
-        )
+        sa.select(_keys.fingerprint, _keys.resource_id).where(_is(once), _fresh(once))
     ).one_or_none()
     if row is None:
         return None

@@ -237,6 +237,8 @@ idempotency_keys = Table(
     Column("key", Text, primary_key=True),
     Column("fingerprint", LargeBinary, nullable=False),
     Column("resource_id", UUID(as_uuid=True), nullable=False),
+    # What was answered, where that is more than one resource.
+    Column("answer", JSON),
     _time("created_at", default=True),
     Index("ix_idempotency_keys_created_at", "created_at"),
 )

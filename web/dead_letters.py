@@ -10,7 +10,7 @@ from flask import Response, request
 
 from errors import BadRequest, NotFound
 from storage.dead_letters import LetterFilter
-from web import schemas, views
+from web import idempotency, schemas, views
 from web.context import gateway
 from web.http import page_limit, read_uuid, require_json, require_key, tenant
 from web.json import ApiBlueprint, respond
@@ -71,12 +71,15 @@ def letter(letter_id: str) -> Response:
 
 
 @blueprint.post("/<letter_id>/redrive")
+@blueprint.doc(parameters=[idempotency.PARAMETER])
 @blueprint.arguments(schemas.Redrive)
 @blueprint.alt_response(202, schema=schemas.Job, description="The job that runs it again.")
 def redrive(body: dict[str, Any], letter_id: str) -> Response:
     """Run one dead letter again, as a new job; again is the same job."""
     services = gateway().services
-    job_id = services.dead_letters.redrive(tenant(), _id(letter_id), body.get("deadline"))
+    job_id = services.dead_letters.redrive(
+        tenant(), _id(letter_id), body.get("deadline"), idempotency.asked()
+    )
     row = services.jobs.get(tenant(), job_id)
     services.pump.kick(row.group_name)
     job = views.job(row)
@@ -84,6 +87,7 @@ def redrive(body: dict[str, Any], letter_id: str) -> Response:
 
 
 @blueprint.post("/redrive")
+@blueprint.doc(parameters=[idempotency.PARAMETER])
 @blueprint.arguments(schemas.RedriveMany)
 @blueprint.alt_response(202, schema=schemas.Redriven)
 def redrive_many(body: dict[str, Any]) -> Response:
@@ -100,6 +104,7 @@ def redrive_many(body: dict[str, Any]) -> Response:
         ),
         limit=body["limit"],
         deadline=body.get("deadline"),
+        once=idempotency.asked(),
     )
     services.pump.kick(services.settings.group)
     return respond(views.redriven(made), 202)

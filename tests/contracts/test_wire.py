@@ -408,8 +408,13 @@ JOB: Shape = {
     "expires_at": str,
     "metrics": dict,
     "metadata": dict,
+    "redrive_of": (str, NONE),
     "urls": dict,
 }
+
+
+# Counted when somebody asks for the one job.
+ASKED_FOR: Shape = JOB | {"queue_position": (int, NONE)}
 
 
 def test_a_job_has_one_shape_from_its_start_to_its_end(server: Http) -> None:
@@ -417,11 +422,11 @@ def test_a_job_has_one_shape_from_its_start_to_its_end(server: Http) -> None:
     accepted = server.post("/v1/jobs", asked).json()
     done = ended(server, accepted["id"])
 
-    for job in (accepted, done):
-        matches(job, JOB)
+    for job, shape in ((accepted, JOB), (done, ASKED_FOR)):
+        matches(job, shape)
         matches(job["items"], {"total": int, "completed": int, "failed": int})
         matches(job["metrics"], {"queue_ms": (int, NONE), "total_ms": (int, NONE)})
-        assert set(job["urls"]) >= {"self", "cancel", "result"}
+        assert set(job["urls"]) >= {"self", "cancel", "result", "events"}
     for name in ("created_at", "started_at", "completed_at", "expires_at"):
         assert done[name].endswith("Z")
         assert datetime.fromisoformat(done[name]).tzinfo is not None
@@ -435,7 +440,8 @@ def test_a_realtime_record_has_a_jobs_first_keys(server: Http) -> None:
         "id object kind model version status error items created_at completed_at metrics metadata"
     )
     matches({name: record[name] for name in shared.split()}, {n: JOB[n] for n in shared.split()})
-    assert record["urls"] == {"self": f"/v1/jobs/{job_id}"}
+    path = f"/v1/jobs/{job_id}"
+    assert record["urls"] == {"self": path, "events": f"{path}/events"}
 
 
 def test_a_page_of_jobs_has_the_shape_of_every_list(server: Http) -> None:

@@ -7,8 +7,9 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from errors import Gone, ModelNotReady, NotFound, Overran, TidegateError
+from errors import Gone, KeyReused, ModelNotReady, NotFound, Overran, TidegateError
 from storage.dead_letters import DeadLetters, LetterFilter
+from storage.idempotency import Once
 from storage.lifecycle import ChunkKind
 from storage.work import ChunkPlan, Claim, Done, Fate
 from tests.conftest import Ledger
@@ -232,6 +233,38 @@ def test_a_letter_redriven_by_many_at_once_becomes_one_job(
     assert len(made) == 6
     assert len(set(made)) == 1
     assert len(released(ledger)) == 1
+
+
+def once(ledger: Ledger, fingerprint: bytes = b"asked") -> Once:
+    return Once(ledger.tenant, "POST /redrive", "key", fingerprint, ttl=86_400)
+
+
+def test_a_bulk_redrive_sent_again_under_its_key_answers_the_same(
+    ledger: Ledger, letters: DeadLetters
+) -> None:
+    submit(ledger, 3)
+    claims = claimed(ledger)
+    die(ledger, claims[:2])
+    first = letters.redrive_all(ledger.tenant, LetterFilter(), limit=10, once=once(ledger))
+    die(ledger, claims[2:])
+    again = letters.redrive_all(ledger.tenant, LetterFilter(), limit=10, once=once(ledger))
+    assert again == first
+    assert len(first.jobs) == 2
+    with pytest.raises(KeyReused):
+        letters.redrive_all(ledger.tenant, LetterFilter(), limit=5, once=once(ledger, b"other"))
+    assert len(letters.redrive_all(ledger.tenant, LetterFilter(), limit=10).jobs) == 1
+
+
+def test_a_redrive_sent_again_under_its_key_is_the_same_and_another_one_is_refused(
+    ledger: Ledger, letters: DeadLetters
+) -> None:
+    submit(ledger)
+    (claim,) = claimed(ledger)
+    die(ledger, [claim])
+    new = letters.redrive(ledger.tenant, claim.id, once=once(ledger))
+    assert letters.redrive(ledger.tenant, claim.id, once=once(ledger)) == new
+    with pytest.raises(KeyReused):
+        letters.redrive(ledger.tenant, claim.id, 5.0, once=once(ledger, b"other"))
 
 
 def test_another_tenants_letters_are_not_found(ledger: Ledger, letters: DeadLetters) -> None:

@@ -17,6 +17,7 @@ def upgrade() -> None:
     sa.Column('key', sa.Text(), nullable=False),
     sa.Column('fingerprint', sa.LargeBinary(), nullable=False),
     sa.Column('resource_id', sa.UUID(), nullable=False),
+    sa.Column('answer', postgresql.JSONB(none_as_null=True, astext_type=sa.Text()), nullable=True),
     sa.Column('created_at', sa.DateTime(timezone=True), server_default=sa.text('now()'), nullable=False),
     sa.ForeignKeyConstraint(['tenant_id'], ['tenants.id'], name=op.f('fk_idempotency_keys_tenant_id'), ondelete='CASCADE'),
     sa.PrimaryKeyConstraint('tenant_id', 'route', 'key', name=op.f('pk_idempotency_keys'))
