@@ -18,7 +18,7 @@ from storage.idempotency import Idempotency
 from storage.ids import IdMint
 from storage.jobs import Jobs
 from storage.keys import Keys
-from storage.objects import DirectoryStore, ObjectStore
+from storage.objects import ObjectStore, open_store
 from storage.records import Records
 from storage.redis_state import RedisState
 from storage.webhooks import Webhooks
@@ -103,7 +103,7 @@ def build_services(settings: Settings, *, pool_size: int = 8, **overrides: Any) 
         "webhooks": Webhooks(database, settings.secret),
         # A try ends within its timeout; then there is time to write down what came of it.
         "deliveries": Deliveries(database, lease=2 * settings.webhook_timeout + 15),
-        "objects": DirectoryStore(settings.objects_path),
+        "objects": open_store(settings.objects_url),
         "state": RedisState(settings.redis_url, settings.namespace),
         "ids": IdMint(settings.secret),
         "pump": Pump(backlog),

@@ -6,7 +6,7 @@ Everything is real unless a test says `fake`. Servers are made when the first te
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import UUID
@@ -124,6 +124,24 @@ def ledger(settings: Settings, database: Database) -> Ledger:
         tenant=tenant,
         group=secrets.token_hex(4),
     )
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Callable[..., str]]:
+    """An S3 server in this process: makes objects URLs, each for a bucket of its own."""
+    # Loaded where it is used: it takes seconds.
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+
+    def url(bucket: str | None = None) -> str:
+        name = bucket or f"test-{secrets.token_hex(6)}"
+        return f"s3://access:s%2Fcret@{host}:{port}/{name}?secure=false"
+
+    yield url
+    server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,6 @@ from web import idempotency, views
 from web.context import gateway
 from web.http import Preference, tenant
 from web.json import respond
-from web.offload import offload
 
 
 def submit(
@@ -38,7 +37,7 @@ def submit(
     key = None
     if len(encoded) > services.settings.inline_bytes:
         key = f"jobs/{tenant().hex}/{job_id.hex}/input"
-        offload(services.objects.put, key, encoded)
+        gateway().objects.put(key, encoded)
         frame = None
     job = NewJob(
         id=job_id,

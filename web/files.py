@@ -18,7 +18,6 @@ from web import idempotency, schemas, views
 from web.context import gateway
 from web.http import page_limit, read_uuid, require_key, tenant
 from web.json import ApiBlueprint, respond
-from web.offload import offload
 
 blueprint = ApiBlueprint(
     "files", __name__, url_prefix="/v1/files", description="Batch input and output"
@@ -51,7 +50,7 @@ def create() -> Response:
     key = file_key(tenant(), file_id)
     most = gateway().services.settings.max_file_bytes
     digest = hashlib.sha256()
-    size = offload(gateway().services.objects.put, key, _blocks(upload.stream, most, digest))
+    size = gateway().objects.put(key, _blocks(upload.stream, most, digest))
     row = FileRow(
         id=file_id,
         tenant_id=tenant(),
@@ -127,7 +126,7 @@ def retrieve(file_id: str) -> Response:
 def content(file_id: str) -> Response:
     """The file's bytes."""
     row = find(file_id)
-    blocks = gateway().services.objects.stream(row.key)
+    blocks = gateway().objects.stream(row.key)
     headers = {
         "Content-Length": str(row.bytes),
         "Content-Disposition": f'attachment; filename="{views.file_id(row.id)}.jsonl"',
@@ -141,5 +140,5 @@ def delete(file_id: str) -> Response:
     """Forget a file. A batch that runs over it goes on."""
     row = find(file_id)
     if gateway().services.files.delete(tenant(), row.id):
-        gateway().services.objects.delete(row.key)
+        gateway().objects.delete(row.key)
     return respond({"id": views.file_id(row.id), "object": "file", "deleted": True})
