@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from config import Bucket, parse_objects
 from errors import Gone, Unavailable
 
 BLOCK = 1 << 20
+RESUMES = 5
+PAUSE = 0.02
+"""Seconds, doubled with every stumble in a row."""
 _NOTHING_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 
@@ -248,6 +252,26 @@ def _blocks(file: BinaryIO, start: int, end: int | None) -> Iterator[bytes]:
             if left is not None:
                 left -= len(block)
             yield block
+
+
+def steadily(
+    store: ObjectStore, key: str, start: int = 0, end: int | None = None
+) -> Iterator[bytes]:
+    """`stream`, which goes on where it broke off when the store stumbles: what reads thousands of
+    objects would else never get to the end of them. For keys that are written once."""
+    stumbled = 0
+    while True:
+        try:
+            for block in store.stream(key, start, end):
+                yield block
+                start += len(block)
+                stumbled = 0
+            return
+        except Unavailable:
+            stumbled += 1
+            if stumbled > RESUMES:
+                raise
+            time.sleep(PAUSE * 2**stumbled)
 
 
 def lines(blocks: Iterable[bytes], limit: int) -> Iterator[tuple[int, bytes]]:

@@ -16,6 +16,7 @@ import pytest
 from errors import Gone, Unavailable
 from storage.objects import BLOCK, ObjectStore, open_store
 from storage.s3 import PART
+from tests.conftest import S3Server
 
 MIB = 1 << 20
 
@@ -27,7 +28,7 @@ ELSEWHERE = os.environ.get("TIDEGATE_TEST_S3_URL", "")
 def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ObjectStore:
     if request.param == "directory":
         return open_store((tmp_path_factory.mktemp("store") / "objects").as_uri())
-    return open_store(request.getfixturevalue("s3")() if request.param == "moto" else ELSEWHERE)
+    return open_store(request.getfixturevalue("s3").url() if request.param == "moto" else ELSEWHERE)
 
 
 @pytest.mark.skipif(not ELSEWHERE, reason="TIDEGATE_TEST_S3_URL names no S3 to test, too")
@@ -318,8 +319,8 @@ def test_a_store_that_is_there_answers(store: ObjectStore) -> None:
     store.ping()
 
 
-def test_a_store_can_be_opened_by_many_at_once(s3: Callable[..., str], tmp_path: Path) -> None:
-    for url in (s3(), (tmp_path / "objects").as_uri()):
+def test_a_store_can_be_opened_by_many_at_once(s3: S3Server, tmp_path: Path) -> None:
+    for url in (s3.url(), (tmp_path / "objects").as_uri()):
         failures: list[object] = []
 
         def use(name: str, url: str = url, failures: list[object] = failures) -> None:
