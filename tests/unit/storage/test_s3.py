@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,6 +20,7 @@ import pytest
 from config import Bucket, parse_objects
 from errors import Gone, Unavailable
 from storage.s3 import PART, S3Store
+from tests.conftest import S3Server
 
 DATA = b"0123456789" * 1000
 
@@ -304,6 +306,21 @@ def test_a_bucket_somebody_else_made_first_is_used(
 
     server.on = raced
     assert store.get("x") == DATA
+
+
+def test_an_upload_that_nobody_will_end_is_aborted(s3: S3Server) -> None:
+    where = bucket(s3.url())
+    store = S3Store(where)
+    store.put("x", b"1")
+    client = store._client
+    upload = client._create_multipart_upload(where.name, "a/b", {})
+    client._upload_part(where.name, "a/b", b"half", None, upload, 1)
+    now = datetime.now(UTC)
+    # It may have begun hours ago and be alive: S3 tells only when it began.
+    assert store.clean(now) == 0
+    assert store.clean(now + timedelta(days=2)) == 1
+    assert store.clean(now + timedelta(days=2)) == 0
+    assert [one.key for one in store.list()] == ["x"]
 
 
 UNDER_GEVENT = """
