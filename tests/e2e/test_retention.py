@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from uuid import UUID
 
 import openai
@@ -110,5 +111,5 @@ def test_a_realtime_request_is_unknown_once_its_record_is_no_longer_kept(
     tenant = services.keys.tenant_of(token)
     for days, status in ((29, 200), (31, 404)):
         moment = time.time() - days * DAY
-        mint = IdMint(stack_settings.secret, clock=lambda moment=moment: moment)
+        mint = IdMint(stack_settings.secret, clock=partial(float, moment))
         assert mine.get(f"/v1/jobs/{mint.mint(tenant)}").status == status

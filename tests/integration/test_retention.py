@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -66,7 +67,7 @@ class Home:
 
     def job(self, **fields: Any) -> NewJob:
         job = NewJob(
-            **{
+            **{  # type: ignore[arg-type]
                 "id": uuids.uuid7(),
                 "tenant_id": self.tenant,
                 "group": self.services.settings.group,
@@ -517,7 +518,7 @@ def test_realtime_records_go_by_whole_days(home: Home) -> None:
     made: dict[int, UUID] = {}
     for days in (0, 29, 30, 31, 33, 40):
         moment = (today - timedelta(days=days)).timestamp()
-        made[days] = ids.IdMint("0" * 16, clock=lambda moment=moment: moment).mint(home.tenant)
+        made[days] = ids.IdMint("0" * 16, clock=partial(float, moment)).mint(home.tenant)
     for days in (31, 33):
         day = today - timedelta(days=days)
         home.sql(
