@@ -27,7 +27,11 @@ _COLUMNS = (
     _files.created_at,
     _files.expires_at,
 )
-_expired = sa.and_(_files.expires_at.is_not(None), _files.expires_at <= sa.func.now())
+# Purged as well: by the time of a transaction that had to wait it may not have expired yet.
+_expired = sa.or_(
+    _files.purged_at.is_not(None),
+    sa.and_(_files.expires_at.is_not(None), _files.expires_at <= sa.func.now()),
+)
 # A file that is over is told from one that never was until its row goes, too.
 _known = sa.and_(_files.deleted_at.is_(None), _files.tenant_id == sa.bindparam("tenant_id"))
 
