@@ -6,8 +6,10 @@ Each field `name` is the variable `TIDEGATE_NAME`. Durations are seconds, sizes 
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import environs
 from marshmallow import validate
@@ -22,6 +24,72 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class Bucket:
+    """An S3 bucket, and how to get at it."""
+
+    endpoint: str
+    """`host` or `host:port`."""
+    name: str
+    access_key: str = field(repr=False)
+    secret_key: str = field(repr=False)
+    region: str = "us-east-1"
+    secure: bool = True
+    """By TLS."""
+
+
+_BUCKET = re.compile(
+    r"(?=.{3,63}\Z)(?!\d+(\.\d+){3}\Z)"
+    r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*"
+)
+
+
+def parse_objects(url: str) -> Path | Bucket:
+    """Where an objects URL leads: a folder, or a bucket. Raises `ConfigError`, which never repeats
+    the URL: a password may be in it."""
+    if url.startswith("file:///"):
+        return Path(url.removeprefix("file://"))
+    if not url.startswith("s3://"):
+        raise ConfigError(
+            "file:///absolute/folder or s3://ACCESS:SECRET@host:port/bucket?region=…&secure=…"
+        )
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not host or not parts.username or not parts.password:
+        raise ConfigError(
+            "s3://ACCESS:SECRET@host:port/bucket needs a host and both keys, in which / is written"
+            " %2F, @ %40, : %3A and % %25"
+        )
+    name = parts.path.strip("/")
+    if not _BUCKET.fullmatch(name):
+        raise ConfigError("the path is to be the name of one bucket: 3 to 63 of a-z, 0-9, . and -")
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    region, secure = options.pop("region", "us-east-1"), options.pop("secure", "true")
+    if options:
+        raise ConfigError(f"{', '.join(sorted(options))}: only region and secure are options")
+    if not region or secure not in ("true", "false"):
+        raise ConfigError("region is a name, secure is true or false")
+    return Bucket(
+        endpoint=(f"[{host}]" if ":" in host else host) + (f":{port}" if port else ""),
+        name=name,
+        access_key=unquote(parts.username),
+        secret_key=unquote(parts.password),
+        region=region,
+        secure=secure == "true",
+    )
+
+
+def _objects_problem(url: str) -> str:
+    try:
+        parse_objects(url)
+    except ConfigError as error:
+        return f"TIDEGATE_OBJECTS_URL: {error}"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """One deployment's settings. Built by `load`; tests build their own."""
 
@@ -30,8 +98,9 @@ class Settings:
     """Postgres, as SQLAlchemy reads it: `postgresql+psycopg2://user:password@host/name`."""
     redis_url: str = field(repr=False)
     """Reply lists and tensors in flight: `redis://:password@host:6379/0`, `noeviction`."""
-    objects_url: str
-    """Where outputs and files live: `file:///absolute/folder`."""
+    objects_url: str = field(repr=False)
+    """Where outputs and files live: `file:///absolute/folder`, or a bucket of this deployment's
+    own, `s3://ACCESS:SECRET@host:port/bucket?region=us-east-1&secure=true`."""
     secret: str = field(repr=False)
     """Key for job-id signatures, API-key digests and webhook secrets; the same in every process."""
 
@@ -124,6 +193,7 @@ class Settings:
     Postgres is away keys that were good stay good, for ten minutes at most."""
 
     def __post_init__(self) -> None:
+        objects = _objects_problem(self.objects_url)
         problems = [
             message
             for broken, message in (
@@ -132,10 +202,7 @@ class Settings:
                     self.lease < 2 * self.sweep_interval,
                     "TIDEGATE_LEASE: at least two sweep intervals, or live work is swept",
                 ),
-                (
-                    not self.objects_url.startswith("file:///"),
-                    "TIDEGATE_OBJECTS_URL: file:///absolute/folder is what this version stores to",
-                ),
+                (bool(objects), objects),
                 (
                     self.attempt_timeout < 2 * self.lease,
                     "TIDEGATE_ATTEMPT_TIMEOUT: at least two leases",
@@ -169,10 +236,6 @@ class Settings:
     @property
     def broker(self) -> str:
         return self.broker_url or self.redis_url
-
-    @property
-    def objects_path(self) -> Path:
-        return Path(self.objects_url.removeprefix("file://"))
 
     def triton_address(self, gpu: str) -> str:
         """The Triton of one GPU: `127.0.0.1:80{gpu}1` on GPU 2 is `127.0.0.1:8021`."""

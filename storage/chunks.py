@@ -12,6 +12,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
+from config import DAY
 from errors import Retry, TidegateError
 from storage import moves, tables
 from storage.database import Database, Row
@@ -29,6 +30,7 @@ class Chunks:
     database: Database
     lease: float = 30.0
     max_attempts: int = 3
+    file_ttl: float = 30 * DAY
 
     def claim(self, ids: Iterable[int], worker: str) -> list[Claim]:
         """Take those of `ids` that may run now. A chunk finished, cancelled, expired, held by a
@@ -305,15 +307,12 @@ class Chunks:
             moves.lock_jobs(connection, _jobs.id == claim.job_id)
             if not moves.commit_control(connection, claim):
                 return False
+            asked = connection.execute(
+                sa.select(_batches.output_ttl).where(_batches.job_id == claim.job_id)
+            ).scalar_one()
             for row in (output, errors):
                 if row is not None:
-                    insert_file(connection, row)
-            ttl = sa.select(_batches.output_ttl).where(_batches.job_id == claim.job_id)
-            connection.execute(
-                sa.update(tables.files)
-                .where(tables.files.c.id.in_([row.id for row in (output, errors) if row]))
-                .values(expires_at=moves.now + moves.seconds(ttl.scalar_subquery()))
-            )
+                    insert_file(connection, row, self.file_ttl if asked is None else asked)
             connection.execute(
                 sa.update(tables.batches)
                 .where(_batches.job_id == claim.job_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -63,6 +64,12 @@ class Database:
                 yield connection
         except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError) as error:
             raise Unavailable("the database is out of reach", retry_after=1) from error
+
+    def now(self) -> datetime:
+        """The moment by the database's clock, the only one that all processes share."""
+        with self.transaction() as connection:
+            found: datetime = connection.execute(sa.select(sa.func.now())).scalar_one()
+            return found
 
     def ping(self) -> None:
         with self.transaction() as connection:

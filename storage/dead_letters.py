@@ -94,6 +94,7 @@ class DeadLetters:
         its input is not kept any more; `KeyReused`."""
         mine = _mine(tenant_id, LetterFilter())
         with self.database.transaction() as connection:
+            _hold_inputs(connection, sa.select(_chunks.job_id).where(mine, _chunks.id == letter))
             row = connection.execute(
                 sa.select(*_LETTER).where(mine, _chunks.id == letter).with_for_update()
             ).one_or_none()
@@ -118,13 +119,16 @@ class DeadLetters:
     ) -> Redriven:
         """Run the oldest `limit` letters again that have not been, one new job for each old one.
         Those that another call is redriving right now are left to it. Raises `KeyReused`."""
+        open_letters = sa.and_(_mine(tenant_id, chosen), _chunks.redriven_as.is_(None))
         with self.database.transaction() as connection:
             mark = uuids.uuid7()
             if idempotency.settle(connection, once, mark) != mark:
                 return Redriven.from_json(idempotency.answer(connection, once))
+            oldest = sa.select(_chunks.job_id).where(open_letters).order_by(_chunks.id)
+            held = _hold_inputs(connection, oldest.limit(limit + 1))
             rows = connection.execute(
                 sa.select(*_LETTER)
-                .where(_mine(tenant_id, chosen), _chunks.redriven_as.is_(None))
+                .where(open_letters, _chunks.job_id.in_(held))
                 .order_by(_chunks.id)
                 .limit(limit + 1)
                 .with_for_update(skip_locked=True)
@@ -154,6 +158,27 @@ def _mine(tenant_id: UUID, chosen: LetterFilter) -> sa.ColumnElement[bool]:
         again = _chunks.redriven_as.is_not(None)
         conditions.append(again if chosen.redriven else sa.not_(again))
     return sa.and_(*conditions)
+
+
+def _hold_inputs(connection: sa.Connection, of_jobs: sa.Select[tuple[UUID]]) -> list[UUID]:
+    """Until the transaction ends, retention takes nothing that these jobs read. Before their
+    letters are locked: jobs before chunks."""
+    held = list(
+        connection.execute(
+            sa.select(_jobs.id)
+            .where(_jobs.id.in_(of_jobs))
+            .order_by(_jobs.id)
+            .with_for_update(read=True, key_share=True)
+        ).scalars()
+    )
+    files = sa.select(_batches.input_file_id).where(_batches.job_id.in_(held))
+    connection.execute(
+        sa.select(tables.files.c.id)
+        .where(tables.files.c.id.in_(files))
+        .order_by(tables.files.c.id)
+        .with_for_update(read=True, key_share=True)
+    )
+    return held
 
 
 @dataclass(slots=True)

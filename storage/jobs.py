@@ -9,9 +9,10 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from errors import Conflict, NotFound
+from errors import Conflict, Gone, NotFound
 from storage import idempotency, moves, tables
 from storage.database import Database, Row
+from storage.files import require_file
 from storage.idempotency import Once
 from storage.lifecycle import ChunkKind, ChunkState, JobKind, JobState
 from storage.work import ChunkPlan, NewBatch, NewJob, Pulse
@@ -24,6 +25,7 @@ class Jobs:
     """Every method is one transaction; safe to share between threads."""
 
     database: Database
+    garbage_age: float = 3600.0
 
     def submit(self, jobs: Sequence[NewJob], once: Once | None = None) -> UUID:
         """Accept one-item jobs; when this returns they are durable. The first one's id, or, where
@@ -33,6 +35,7 @@ class Jobs:
             first = idempotency.settle(connection, once, jobs[0].id)
             if first != jobs[0].id:
                 return first
+            moves.require_fresh(connection, [job.stored_since for job in jobs], self.garbage_age)
             self._insert(connection, jobs, JobKind.INFER)
             moves.insert_chunks(
                 connection,
@@ -45,11 +48,16 @@ class Jobs:
 
     def submit_batch(self, job: NewJob, batch: NewBatch, once: Once | None = None) -> UUID:
         """Accept a batch: its id, or, as with `submit`, an earlier one's. Its first chunk reads
-        the file."""
+        the file. Raises `NotFound` and `Gone` about `input_file_id`."""
         with self.database.transaction() as connection:
             made = idempotency.settle(connection, once, job.id)
             if made != job.id:
                 return made
+            try:
+                require_file(connection, job.tenant_id, batch.input_file_id, keep=True)
+            except (NotFound, Gone) as error:
+                error.param = "input_file_id"
+                raise
             self._insert(connection, [job], JobKind.BATCH)
             connection.execute(
                 sa.insert(tables.batches),

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 
-from errors import DeadlineExceeded, TidegateError
+from errors import DeadlineExceeded, TidegateError, Unavailable
 from storage import events, tables
 from storage.database import Row
 from storage.lifecycle import (
@@ -42,6 +43,20 @@ class Tally:
 def seconds(value: float | sa.ColumnElement[Any]) -> Any:
     """So many seconds, as an interval."""
     return sa.func.make_interval(0, 0, 0, 0, 0, 0, value)
+
+
+def require_fresh(
+    connection: sa.Connection, since: Sequence[datetime | None], garbage_age: float
+) -> None:
+    """Objects that nothing names are the collector's once they are of age. So bytes that were
+    stored before the row that names them began at `since` must be named long before; half the age
+    is left for the commit. Raises `Unavailable`."""
+    moments = [moment for moment in since if moment is not None]
+    if not moments:
+        return
+    late = clock - sa.literal(min(moments)) > seconds(garbage_age / 2)
+    if connection.execute(sa.select(late)).scalar_one():
+        raise Unavailable("it took too long to store what came with this", retry_after=1)
 
 
 def fence(token: Any) -> sa.ColumnElement[bool]:

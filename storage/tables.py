@@ -81,6 +81,14 @@ files = Table(
     Index("ix_files_list", "tenant_id", "id", postgresql_where=text("deleted_at IS NULL")),
     # What retention looks for: files that are over, and whose bytes are still there.
     Index("ix_files_expiry", "expires_at", postgresql_where=text("purged_at IS NULL")),
+    Index(
+        "ix_files_deleted",
+        "id",
+        postgresql_where=text("purged_at IS NULL AND deleted_at IS NOT NULL"),
+    ),
+    Index("ix_files_purged", "purged_at", postgresql_where=text("purged_at IS NOT NULL")),
+    # What the collector asks for.
+    Index("ix_files_object_key", "object_key", postgresql_where=text("purged_at IS NULL")),
 )
 
 jobs = Table(
@@ -121,6 +129,13 @@ jobs = Table(
     Column("redrive_of", UUID(as_uuid=True)),
     Index("ix_jobs_list", "tenant_id", "id"),
     Index("ix_jobs_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
+    # A redriven job has the input of the job before it: who else names this object?
+    Index("ix_jobs_input_key", "input_key", postgresql_where=text("input_key IS NOT NULL")),
+    Index(
+        "ix_jobs_unpurged",
+        "finished_at",
+        postgresql_where=text("finished_at IS NOT NULL AND purged_at IS NULL"),
+    ),
     Index(
         "ix_jobs_deadline",
         "deadline_at",
@@ -141,6 +156,10 @@ batches = Table(
     Column("error_file_id", ForeignKey("files.id")),
     Column("errors", JSON),
     Index("ix_batches_list", "tenant_id", "job_id"),
+    # Who reads a file, and may it go?
+    Index("ix_batches_input_file_id", "input_file_id"),
+    Index("ix_batches_output_file_id", "output_file_id"),
+    Index("ix_batches_error_file_id", "error_file_id"),
 )
 
 chunks = Table(
@@ -303,3 +322,15 @@ delivery_attempts = Table(
     _time("created_at", default=True),
 )
 """What came of each try."""
+
+walks = Table(
+    "walks",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("after", Text, nullable=False, server_default=text("''")),
+    Column("owner", UUID(as_uuid=True), nullable=False, server_default=text("gen_random_uuid()")),
+    Column("lease_token", BigInteger, nullable=False),
+    _time("lease_until"),
+)
+"""Where whoever walks through the object store has got to. `owner` marks the store as this
+ledger's: what another one does not name is no garbage."""

@@ -26,6 +26,8 @@ class NewJob:
     priority: Priority = Priority.NORMAL
     input: bytes | None = None
     input_key: str | None = None
+    stored_since: datetime | None = None
+    """With `input_key`: a moment of the database's before its first byte was stored."""
     metadata: Mapping[str, str] | None = None
 
 

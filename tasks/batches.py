@@ -12,7 +12,7 @@ from errors import BadTensor, Cancelled, DeadlineExceeded, ModelFailed, Retry, T
 from inference.metadata import ModelSpec, check
 from inference.tensors import InferResult
 from storage import objects
-from storage.files import FileRow, file_key
+from storage.files import FileRow
 from storage.lifecycle import ChunkKind, ChunkState
 from storage.work import ChunkOutput, ChunkPlan, Claim, Done
 from tasks import attempts, batch_lines
@@ -51,7 +51,7 @@ def _plan(services: Services, claim: Claim) -> None:
         max_lines=settings.max_batch_lines,
         max_line_bytes=settings.max_line_bytes,
     )
-    blocks = services.objects.stream(claim.file_key)
+    blocks = objects.steadily(services.objects, claim.file_key)
     try:
         plans = batch_lines.plan_file(objects.lines(blocks, limits.max_line_bytes), limits)
     except batch_lines.FileErrors as error:
@@ -173,7 +173,7 @@ def _finalize(services: Services, claim: Claim) -> None:
                 block
                 for part in parts
                 if part.output_key
-                for block in services.objects.stream(part.output_key)
+                for block in objects.steadily(services.objects, part.output_key)
             ),
         )
     if total > ok:
@@ -182,11 +182,11 @@ def _finalize(services: Services, claim: Claim) -> None:
 
 
 def _file(services: Services, claim: Claim, name: str, blocks: Iterator[bytes]) -> FileRow:
-    file_id = uuids.uuid7()
-    key = f"{file_key(claim.tenant_id, file_id)}"
+    # Below the job's name: while the job has not ended, nobody takes this for garbage.
+    key = claim.key(f"{name}.jsonl")
     size = services.objects.put(key, blocks)
     return FileRow(
-        id=file_id,
+        id=uuids.uuid7(),
         tenant_id=claim.tenant_id,
         purpose="batch_output",
         filename=f"batch_{claim.job_id.hex}_{name}.jsonl",
@@ -201,7 +201,7 @@ def _error_blocks(
     """What went wrong, in the order of the chunks; a line never run says why."""
     for part in parts:
         if part.error_key:
-            yield from services.objects.stream(part.error_key)
+            yield from objects.steadily(services.objects, part.error_key)
         if part.state is ChunkState.DONE:
             continue
         error = part.error or {}
@@ -219,7 +219,7 @@ def _input_lines(
     services: Services, key: str, part: Claim | ChunkOutput
 ) -> Iterator[tuple[int, bytes]]:
     """(line number, line) of one range of the input file, blank lines left out."""
-    blocks = services.objects.stream(key, part.byte_start, part.byte_end)
+    blocks = objects.steadily(services.objects, key, part.byte_start, part.byte_end)
     found = objects.lines(blocks, services.settings.max_line_bytes)
     for number, (_, text) in enumerate(found, start=part.first_line):
         if text.strip():

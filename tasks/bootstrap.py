@@ -18,9 +18,10 @@ from storage.idempotency import Idempotency
 from storage.ids import IdMint
 from storage.jobs import Jobs
 from storage.keys import Keys
-from storage.objects import DirectoryStore, ObjectStore
+from storage.objects import ObjectStore, open_store
 from storage.records import Records
 from storage.redis_state import RedisState
+from storage.retention import Retention
 from storage.webhooks import Webhooks
 from tasks.budget import RetryBudget
 from tasks.leases import Leases
@@ -41,6 +42,7 @@ class Services:
     dead_letters: DeadLetters
     backlog: Backlog
     files: Files
+    retention: Retention
     keys: Keys
     idempotency: Idempotency
     records: Records
@@ -92,18 +94,29 @@ def build_services(settings: Settings, *, pool_size: int = 8, **overrides: Any) 
         hint_timeout=settings.hint_timeout,
     )
     made: dict[str, Any] = {
-        "jobs": Jobs(database),
-        "chunks": Chunks(database, lease=settings.lease, max_attempts=settings.max_attempts),
+        "jobs": Jobs(database, garbage_age=settings.garbage_age),
+        "chunks": Chunks(
+            database,
+            lease=settings.lease,
+            max_attempts=settings.max_attempts,
+            file_ttl=settings.file_ttl,
+        ),
         "dead_letters": DeadLetters(database),
         "backlog": backlog,
-        "files": Files(database),
+        "files": Files(database, ttl=settings.file_ttl, garbage_age=settings.garbage_age),
+        "retention": Retention(
+            database,
+            result_ttl=settings.result_ttl,
+            job_ttl=settings.job_ttl,
+            idempotency_ttl=settings.idempotency_ttl,
+        ),
         "keys": Keys(database, settings.secret),
         "idempotency": Idempotency(database),
         "records": Records(database),
         "webhooks": Webhooks(database, settings.secret),
         # A try ends within its timeout; then there is time to write down what came of it.
         "deliveries": Deliveries(database, lease=2 * settings.webhook_timeout + 15),
-        "objects": DirectoryStore(settings.objects_path),
+        "objects": open_store(settings.objects_url),
         "state": RedisState(settings.redis_url, settings.namespace),
         "ids": IdMint(settings.secret),
         "pump": Pump(backlog),

@@ -5,10 +5,13 @@ Everything is real unless a test says `fake`. Servers are made when the first te
 
 from __future__ import annotations
 
+import logging
+import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -35,7 +38,9 @@ def _settings(stack: Stack) -> Settings:
 @pytest.fixture(scope="session")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Postgres and Redis."""
-    with Stack(tmp_path_factory.mktemp("stack") / "var") as stack:
+    # Nobody's bucket: what tests store is for tests to collect.
+    environ = {name: text for name, text in os.environ.items() if name != "TIDEGATE_OBJECTS_URL"}
+    with Stack(tmp_path_factory.mktemp("stack") / "var", environ=environ) as stack:
         stack.start(only=("postgres", "redis"))
         yield stack
 
@@ -124,6 +129,42 @@ def ledger(settings: Settings, database: Database) -> Ledger:
         tenant=tenant,
         group=secrets.token_hex(4),
     )
+
+
+class S3Server:
+    """An S3 in this process, which can go away and come back with what it holds."""
+
+    def __init__(self) -> None:
+        # Loaded where it is used: it takes seconds.
+        from moto.server import ThreadedMotoServer
+
+        logging.getLogger("werkzeug").setLevel(logging.WARNING)
+        self._made = ThreadedMotoServer
+        self._port = 0
+        self.start()
+
+    def start(self) -> None:
+        self._server = self._made("127.0.0.1", self._port, verbose=False)
+        self._server.start()
+        _, self._port = self._server.get_host_and_port()
+
+    def stop(self) -> None:
+        listening: Any = self._server._server
+        self._server.stop()
+        listening.server_close()
+
+    def url(self) -> str:
+        """An objects URL, for a bucket of its own."""
+        name = f"test-{secrets.token_hex(6)}"
+        return f"s3://access:s%2Fcret@127.0.0.1:{self._port}/{name}?secure=false"
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """For those who leave it as it is."""
+    server = S3Server()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,9 @@ from flask import current_app
 
 from errors import Unauthenticated, Unavailable
 from storage.keys import Keys
+from storage.objects import ObjectStore
 from tasks.bootstrap import Services
+from web import offload
 from web.catalog import Catalog
 from web.lane import RealtimeLane
 from web.recorder import Recorder
@@ -79,6 +81,8 @@ class Gateway:
     """The parts of one gateway process. Made after fork."""
 
     services: Services
+    objects: ObjectStore
+    """The services' own, as a gateway may use it."""
     keys: KeyCache
     lane: RealtimeLane
     catalog: Catalog
@@ -97,6 +101,7 @@ class Gateway:
         )
         return cls(
             services=services,
+            objects=offload.guarded(services.objects),
             keys=KeyCache(services.keys, settings.key_ttl),
             lane=lane,
             catalog=Catalog(lane.query, settings.catalog_ttl),

@@ -9,7 +9,7 @@ from uuid import UUID
 import uuid_utils.compat as uuids
 from flask import Response, g
 
-from errors import TidegateError, from_wire
+from errors import Gone, TidegateError, from_wire
 from inference import frames
 from inference.tensors import InferRequest, InferResult
 from storage.idempotency import Once
@@ -19,7 +19,6 @@ from web import idempotency, views
 from web.context import gateway
 from web.http import Preference, tenant
 from web.json import respond
-from web.offload import offload
 
 
 def submit(
@@ -35,10 +34,11 @@ def submit(
     services = gateway().services
     job_id = uuids.uuid7()
     frame: bytes | None = (encoded := frames.encode_requests([asked]))
-    key = None
+    key = since = None
     if len(encoded) > services.settings.inline_bytes:
         key = f"jobs/{tenant().hex}/{job_id.hex}/input"
-        offload(services.objects.put, key, encoded)
+        since = services.database.now()
+        gateway().objects.put(key, encoded)
         frame = None
     job = NewJob(
         id=job_id,
@@ -50,6 +50,7 @@ def submit(
         priority=priority,
         input=frame,
         input_key=key,
+        stored_since=since,
         metadata=metadata,
     )
     kept = idempotency.keep(job_id, lambda: services.jobs.submit([job], once), key)
@@ -95,9 +96,12 @@ def result(job_id: UUID, row: Any) -> InferResult:
     if row.error is not None:
         raise from_wire(row.error)
     frame, key = services.jobs.result(tenant(), job_id)
-    outcome = frames.decode_outcomes(
-        frame if frame is not None else services.objects.get(key or "")
-    )[0]
+    if frame is None:
+        if key is None:
+            kept = services.settings.result_ttl
+            raise Gone(f"results are kept for {kept:g} s after a job's end; this one is gone")
+        frame = gateway().objects.get(key)
+    outcome = frames.decode_outcomes(frame)[0]
     if isinstance(outcome, TidegateError):
         raise outcome
     return outcome

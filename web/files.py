@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import IO
 
 import uuid_utils.compat as uuids
@@ -18,7 +18,6 @@ from web import idempotency, schemas, views
 from web.context import gateway
 from web.http import page_limit, read_uuid, require_key, tenant
 from web.json import ApiBlueprint, respond
-from web.offload import offload
 
 blueprint = ApiBlueprint(
     "files", __name__, url_prefix="/v1/files", description="Batch input and output"
@@ -45,13 +44,14 @@ def create() -> Response:
     upload = request.files.get("file")
     if upload is None:
         raise BadRequest("file: is missing", param="file")
-    expires_at = _expires_at()
+    ttl = _ttl()
     idempotency.given()  # One that is no good is refused before anything is stored.
     file_id = uuids.uuid7()
     key = file_key(tenant(), file_id)
     most = gateway().services.settings.max_file_bytes
     digest = hashlib.sha256()
-    size = offload(gateway().services.objects.put, key, _blocks(upload.stream, most, digest))
+    since = gateway().services.database.now()
+    size = gateway().objects.put(key, _blocks(upload.stream, most, digest))
     row = FileRow(
         id=file_id,
         tenant_id=tenant(),
@@ -59,7 +59,6 @@ def create() -> Response:
         filename=re.sub(r"[\x00-\x1f\x7f]", "", upload.filename or "")[:255] or "file.jsonl",
         bytes=size,
         key=key,
-        expires_at=expires_at,
     )
     expiry = request.form.get("expires_after[seconds]", "")
     once = idempotency.asked(
@@ -67,7 +66,7 @@ def create() -> Response:
     )
     files = gateway().services.files
     with idempotency.still_there():
-        kept = idempotency.keep(file_id, lambda: files.add(row, once), key)
+        kept = idempotency.keep(file_id, partial(files.add, row, once, ttl=ttl, since=since), key)
     return respond(views.file(kept))
 
 
@@ -81,7 +80,8 @@ def _blocks(stream: IO[bytes], most: int, digest: hashlib._Hash) -> Iterator[byt
         yield block
 
 
-def _expires_at() -> datetime | None:
+def _ttl() -> int | None:
+    """Seconds to keep the file; None where it doesn't say."""
     seconds = request.form.get("expires_after[seconds]")
     if seconds is None:
         return None
@@ -89,7 +89,7 @@ def _expires_at() -> datetime | None:
         raise BadRequest('expires_after.anchor: must be "created_at"', param="expires_after")
     if not re.fullmatch(r"[0-9]{1,7}", seconds) or not 3600 <= int(seconds) <= 2_592_000:
         raise BadRequest("expires_after.seconds: from 3600 to 2592000", param="expires_after")
-    return datetime.now(UTC) + timedelta(seconds=int(seconds))
+    return int(seconds)
 
 
 @blueprint.get("")
@@ -111,7 +111,7 @@ def files() -> Response:
 
 
 def find(file_id: str) -> FileRow:
-    """This tenant's file of this id. Raises `NotFound`."""
+    """This tenant's file of this id. Raises `NotFound`, `Gone`."""
     return gateway().services.files.get(tenant(), read_uuid(file_id, "file-", "file"))
 
 
@@ -127,7 +127,7 @@ def retrieve(file_id: str) -> Response:
 def content(file_id: str) -> Response:
     """The file's bytes."""
     row = find(file_id)
-    blocks = gateway().services.objects.stream(row.key)
+    blocks = gateway().objects.stream(row.key)
     headers = {
         "Content-Length": str(row.bytes),
         "Content-Disposition": f'attachment; filename="{views.file_id(row.id)}.jsonl"',
@@ -141,5 +141,5 @@ def delete(file_id: str) -> Response:
     """Forget a file. A batch that runs over it goes on."""
     row = find(file_id)
     if gateway().services.files.delete(tenant(), row.id):
-        gateway().services.objects.delete(row.key)
+        gateway().objects.delete(row.key)
     return respond({"id": views.file_id(row.id), "object": "file", "deleted": True})

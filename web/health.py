@@ -27,7 +27,7 @@ def _workers(found: Gateway) -> None:
 _CHECKS: dict[str, Callable[[Gateway], None]] = {
     "database": lambda found: found.services.database.ping(),
     "redis": lambda found: found.services.state.ping(),
-    "objects": lambda found: found.services.objects.ping(),
+    "objects": lambda found: found.objects.ping(),
     "workers": _workers,
 }
 

@@ -12,7 +12,7 @@ from uuid import UUID
 from flask import g, request
 from werkzeug.exceptions import UnsupportedMediaType
 
-from errors import BadRequest, NotFound, Unauthenticated
+from errors import BadRequest, Gone, NotFound, Unauthenticated
 from web.context import gateway
 
 _HEX = re.compile(r"[0-9a-f]{32}")
@@ -112,7 +112,7 @@ def about(param: str) -> Iterator[None]:
     """What is wrong inside the block is wrong with this field of the request."""
     try:
         yield
-    except (BadRequest, NotFound) as error:
+    except (BadRequest, NotFound, Gone) as error:
         # A new one: the old may be somebody else's as well.
         raise type(error)(error.message, param=param) from error
 

@@ -128,6 +128,6 @@ def still_there() -> Iterator[None]:
 def _discard(key: str | None) -> None:
     try:
         if key is not None:
-            gateway().services.objects.delete(key)
+            gateway().objects.delete(key)
     except Unavailable as error:
         log.warning("object left behind", action="object.left", key=key, error=error.message)

@@ -149,9 +149,11 @@ def _find(services: Services, owner: UUID, job_id: UUID) -> dict[str, Any]:
         if time.monotonic() >= over_at:
             break
         time.sleep(0.05)
+    age = datetime.now(UTC) - ids.created_at(job_id)
+    if age > timedelta(seconds=services.settings.job_ttl):
+        raise NotFound(f"no job {job_id}")
     longest = timedelta(seconds=services.settings.max_realtime_timeout)
-    over = datetime.now(UTC) - ids.created_at(job_id) > longest
-    return views.lost_record(job_id, over=over)
+    return views.lost_record(job_id, over=age > longest)
 
 
 @blueprint.get("/<job_id>/result")

@@ -18,7 +18,7 @@ import structlog
 
 import config
 from errors import Unavailable
-from tasks import batches
+from tasks import batches, retention
 from tasks.bootstrap import Services, build_leases, build_services
 from tasks.leases import Leases
 from tasks.webhooks import Sender
@@ -29,6 +29,7 @@ log = structlog.get_logger(__name__)
 
 PARTITIONS_EVERY = 60.0
 PURGE_EVERY = 60.0
+RETENTION_EVERY = 60.0
 
 
 def sweep(services: Services) -> None:
@@ -105,6 +106,7 @@ def main() -> None:
             (settings.sweep_interval, services.deliveries.end_disabled),
             (PARTITIONS_EVERY, services.records.ensure_partitions),
             (PURGE_EVERY, functools.partial(services.deliveries.purge, settings.job_ttl)),
+            (RETENTION_EVERY, functools.partial(retention.run, services, stopping.is_set)),
         )
     ]
     for thread in threads:

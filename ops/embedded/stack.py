@@ -255,7 +255,7 @@ class Stack:
             "TIDEGATE_TRITON_METRICS_URL": f"http://{HOST}:{ports.triton_metrics}/metrics",
             "TIDEGATE_DATABASE_URL": postgres.url(ports.postgres, made.postgres),
             "TIDEGATE_REDIS_URL": redis.url(ports.redis, made.redis),
-            "TIDEGATE_OBJECTS_URL": objects.as_uri(),
+            "TIDEGATE_OBJECTS_URL": _bucket(self._inherited) or objects.as_uri(),
             "TIDEGATE_SECRET": made.secret,
         }
         bare = {"PATH": self._inherited.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC"}
@@ -340,6 +340,13 @@ class Stack:
         logs.mkdir(mode=0o700, exist_ok=True)
         for log in logs.glob("*.log"):
             log.replace(log.with_suffix(".log.1"))
+
+
+def _bucket(environ: Mapping[str, str]) -> str:
+    """The S3 bucket that somebody asks for. Not a folder: that would be the one of another stack,
+    whose `tidegate.env` was read in."""
+    url = environ.get("TIDEGATE_OBJECTS_URL", "")
+    return url if url.startswith("s3://") else ""
 
 
 def _inheritable(environ: Mapping[str, str]) -> dict[str, str]:

@@ -414,7 +414,7 @@ JOB: Shape = {
 
 
 # Counted when somebody asks for the one job.
-ASKED_FOR: Shape = JOB | {"queue_position": (int, NONE)}
+ASKED_FOR: Shape = {**JOB, "queue_position": (int, NONE)}
 
 
 def test_a_job_has_one_shape_from_its_start_to_its_end(server: Http) -> None:

@@ -68,8 +68,11 @@ class LedgerMachine(RuleBasedStateMachine):
             backlog=Backlog(ledger.database, max_attempts=3, credit=CREDIT, hint_timeout=10),
         )
         self.tenants = (ledger.tenant, stranger)
-        file = FileRow(uuids.uuid7(), ledger.tenant, "batch", group, 10, group)
-        self.oracle = Oracle(self.ledger, ledger.tenant, ledger.files.add(file).id)
+        files = {
+            tenant: ledger.files.add(FileRow(uuids.uuid7(), tenant, "batch", group, 10, group)).id
+            for tenant in self.tenants
+        }
+        self.oracle = Oracle(self.ledger, ledger.tenant, files)
         self.broker: list[Hint] = []
         self.hands: dict[str, list[Hold]] = {name: [] for name in WORKERS}
         self.ghosts: list[Hold] = []

@@ -100,7 +100,8 @@ class Oracle:
     ledger: Ledger
     listening: UUID
     """The tenant with a webhook for every event."""
-    input_file: UUID
+    input_files: Mapping[UUID, UUID]
+    """One of each tenant's."""
     jobs: dict[UUID, JobNote] = field(default_factory=dict)
     chunks: dict[int, ChunkNote] = field(default_factory=dict)
     job_rows: Mapping[UUID, Row] = field(default_factory=dict)
@@ -129,7 +130,7 @@ class Oracle:
         job = self._new(tenant, priority, deadline)
         with self._move():
             self.ledger.jobs.submit_batch(
-                job, NewBatch("/v2/models/digits/infer", "24h", self.input_file)
+                job, NewBatch("/v2/models/digits/infer", "24h", self.input_files[tenant])
             )
             self._accepted([job])
 

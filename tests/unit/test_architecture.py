@@ -22,7 +22,7 @@ ENTRANCES = {
     "sqlalchemy": {"storage"},
     "alembic": {"storage"},
     "redis": {"storage/redis_state.py"},
-    "minio": {"storage/objects.py"},
+    "minio": {"storage/s3.py"},
     "flask": {"web"},
     "flask_smorest": {"web"},
     "celery": {"workers", "tasks"},

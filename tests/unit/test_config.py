@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +66,64 @@ def test_fields_that_contradict_each_other_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=named):
         config.load(**(NEEDED | change))
+
+
+def test_a_bucket_is_read_from_its_url() -> None:
+    found = config.parse_objects(
+        "s3://AK%2FIA:se%2Bcr%40et%25@s3.example.com:9000/my.bucket-1?region=eu-1&secure=false"
+    )
+    assert found == config.Bucket(
+        "s3.example.com:9000", "my.bucket-1", "AK/IA", "se+cr@et%", "eu-1", False
+    )
+    assert config.parse_objects("s3://a:b@host/bucket") == config.Bucket(
+        "host", "bucket", "a", "b", "us-east-1", True
+    )
+    assert config.parse_objects("s3://a:b@[::1]:9000/bucket") == config.Bucket(
+        "[::1]:9000", "bucket", "a", "b"
+    )
+    assert config.parse_objects("file:///a/b") == Path("/a/b")
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("", "file:///absolute/folder or s3://"),
+        ("file://relative", "file:///absolute/folder or s3://"),
+        ("http://key:hunter2@host/bucket", "file:///absolute/folder or s3://"),
+        ("s3://host/bucket", "both keys"),
+        ("s3://key@host/bucket", "both keys"),
+        ("s3://key:hunter2@/bucket", "needs a host"),
+        ("s3://key:hunter2/more@host/bucket", "%2F"),
+        ("s3://key:hunter2@host:port/bucket", "needs a host"),
+        ("s3://key:hunter2@host", "name of one bucket"),
+        ("s3://key:hunter2@host/bucket/folder", "name of one bucket"),
+        ("s3://key:hunter2@host/BUCKET", "name of one bucket"),
+        ("s3://key:hunter2@host/a..b", "name of one bucket"),
+        ("s3://key:hunter2@host/127.0.0.1", "name of one bucket"),
+        ("s3://key:hunter2@host/bucket?secure=no", "true or false"),
+        ("s3://key:hunter2@host/bucket?region=", "region"),
+        ("s3://key:hunter2@host/bucket?regoin=x", "regoin"),
+    ],
+)
+def test_an_objects_url_that_leads_nowhere_is_refused_without_repeating_it(
+    url: str, why: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(why)) as refused:
+        config.load(**(NEEDED | {"objects_url": url}))
+    assert "TIDEGATE_OBJECTS_URL" in str(refused.value)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_no_secret_is_in_what_settings_print() -> None:
+    secrets = {
+        "database_url": "postgresql://u:hunter2@localhost/x",
+        "redis_url": "redis://:hunter2@localhost",
+        "objects_url": "s3://hunter2:hunter2@host/bucket",
+        "secret": "hunter2hunter2hunter2",
+        "broker_url": "redis://:hunter2@localhost",
+    }
+    assert "hunter2" not in repr(config.load(**secrets))
+    assert "hunter2" not in repr(config.parse_objects(secrets["objects_url"]))
 
 
 def test_settings_are_frozen() -> None:

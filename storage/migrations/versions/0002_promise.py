@@ -78,10 +78,35 @@ def upgrade() -> None:
     op.create_index('ix_files_expiry', 'files', ['expires_at'], unique=False, postgresql_where=sa.text('purged_at IS NULL'))
     op.add_column('jobs', sa.Column('purged_at', sa.DateTime(timezone=True), nullable=True))
     op.add_column('jobs', sa.Column('redrive_of', sa.UUID(), nullable=True))
+    op.create_table('walks',
+    sa.Column('name', sa.Text(), nullable=False),
+    sa.Column('after', sa.Text(), server_default=sa.text("''"), nullable=False),
+    sa.Column('owner', sa.UUID(), server_default=sa.text('gen_random_uuid()'), nullable=False),
+    sa.Column('lease_token', sa.BigInteger(), nullable=False),
+    sa.Column('lease_until', sa.DateTime(timezone=True), nullable=True),
+    sa.PrimaryKeyConstraint('name', name=op.f('pk_walks'))
+    )
+    op.create_index('ix_files_deleted', 'files', ['id'], unique=False, postgresql_where=sa.text('purged_at IS NULL AND deleted_at IS NOT NULL'))
+    op.create_index('ix_files_purged', 'files', ['purged_at'], unique=False, postgresql_where=sa.text('purged_at IS NOT NULL'))
+    op.create_index('ix_files_object_key', 'files', ['object_key'], unique=False, postgresql_where=sa.text('purged_at IS NULL'))
+    op.create_index('ix_batches_input_file_id', 'batches', ['input_file_id'], unique=False)
+    op.create_index('ix_batches_output_file_id', 'batches', ['output_file_id'], unique=False)
+    op.create_index('ix_batches_error_file_id', 'batches', ['error_file_id'], unique=False)
+    op.create_index('ix_jobs_input_key', 'jobs', ['input_key'], unique=False, postgresql_where=sa.text('input_key IS NOT NULL'))
+    op.create_index('ix_jobs_unpurged', 'jobs', ['finished_at'], unique=False, postgresql_where=sa.text('finished_at IS NOT NULL AND purged_at IS NULL'))
     op.create_index('ix_jobs_finished', 'jobs', ['finished_at'], unique=False, postgresql_where=sa.text('finished_at IS NOT NULL'))
 
 
 def downgrade() -> None:
+    op.drop_index('ix_jobs_input_key', table_name='jobs', postgresql_where=sa.text('input_key IS NOT NULL'))
+    op.drop_index('ix_jobs_unpurged', table_name='jobs', postgresql_where=sa.text('finished_at IS NOT NULL AND purged_at IS NULL'))
+    op.drop_index('ix_batches_error_file_id', table_name='batches')
+    op.drop_index('ix_batches_output_file_id', table_name='batches')
+    op.drop_index('ix_batches_input_file_id', table_name='batches')
+    op.drop_index('ix_files_object_key', table_name='files', postgresql_where=sa.text('purged_at IS NULL'))
+    op.drop_index('ix_files_purged', table_name='files', postgresql_where=sa.text('purged_at IS NOT NULL'))
+    op.drop_index('ix_files_deleted', table_name='files', postgresql_where=sa.text('purged_at IS NULL AND deleted_at IS NOT NULL'))
+    op.drop_table('walks')
     op.drop_index('ix_jobs_finished', table_name='jobs', postgresql_where=sa.text('finished_at IS NOT NULL'))
     op.drop_column('jobs', 'redrive_of')
     op.drop_column('jobs', 'purged_at')

@@ -1,15 +1,18 @@
-"""The directory store, and cutting blocks into lines."""
+"""What only a directory does (the rest is in the contract), and cutting blocks into lines."""
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from errors import Gone
+from errors import Unavailable
 from storage.objects import DirectoryStore, lines
 
 
@@ -18,45 +21,81 @@ def store(tmp_path: Path) -> DirectoryStore:
     return DirectoryStore(tmp_path / "objects")
 
 
-def test_what_is_put_is_got(store: DirectoryStore) -> None:
-    assert store.put("a/b/c.bin", b"12345") == 5
-    assert (store.get("a/b/c.bin"), store.size("a/b/c.bin")) == (b"12345", 5)
+def files(folder: Path) -> list[str]:
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.name != ".parts"
+    )
 
 
-def test_a_range_is_streamed_without_the_rest(store: DirectoryStore) -> None:
-    store.put("x", [b"0123", b"4567", b"89"])
-    assert b"".join(store.stream("x", 3, 8)) == b"34567"
-    assert b"".join(store.stream("x", 8)) == b"89"
+def test_a_folder_goes_with_its_last_object(store: DirectoryStore, tmp_path: Path) -> None:
+    for key in ("a/b/c", "a/b/d", "e"):
+        store.put(key, b"1")
+    store.delete("a/b/c")
+    assert files(tmp_path / "objects") == ["a", "a/b", "a/b/d", "e"]
+    store.delete("a/b/d")
+    assert files(tmp_path / "objects") == ["e"]
 
 
-def test_a_put_that_fails_half_way_leaves_nothing(store: DirectoryStore, tmp_path: Path) -> None:
-    def broken() -> Iterator[bytes]:
-        yield b"half"
-        raise ConnectionError
+def test_a_folder_may_go_while_somebody_writes_to_it(store: DirectoryStore) -> None:
+    stop = threading.Event()
+    failures: list[Exception] = []
 
-    with pytest.raises(ConnectionError):
-        store.put("x", broken())
-    with pytest.raises(Gone):
-        store.get("x")
-    assert list((tmp_path / "objects").iterdir()) == []
+    def churn() -> None:
+        while not stop.is_set():
+            try:
+                store.put("a/b/c/churn", b"")
+                store.delete("a/b/c/churn")
+            except Exception as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=churn) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for n in range(100):
+        store.put(f"a/b/c/{n}", b"kept")
+        assert store.get(f"a/b/c/{n}") == b"kept"
+        store.delete(f"a/b/c/{n}")
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert failures == []
 
 
-def test_a_missing_object_is_gone(store: DirectoryStore) -> None:
-    for ask in (store.get, store.stream, store.size):
-        with pytest.raises(Gone):
-            ask("nothing")
+def test_what_a_dead_writer_left_is_cleaned_and_what_a_living_one_writes_is_not(
+    store: DirectoryStore, tmp_path: Path
+) -> None:
+    parts = tmp_path / "objects" / ".parts"
+    now = datetime.now(UTC)
+    (parts / "abandoned").write_bytes(b"half")
+    os.utime(parts / "abandoned", ((now - timedelta(hours=2)).timestamp(),) * 2)
+
+    def written() -> Iterator[bytes]:
+        yield b"one"
+        assert store.clean(now - timedelta(hours=1)) == 1
+        assert len(list(parts.iterdir())) == 1
+        yield b"two"
+
+    store.put("x", written())
+    assert store.get("x") == b"onetwo"
+    assert list(parts.iterdir()) == []
 
 
-def test_deleting_twice_is_deleting_once(store: DirectoryStore) -> None:
-    store.put("x", b"1")
-    store.delete("x")
-    store.delete("x")
+def test_parts_and_hidden_files_are_not_listed(store: DirectoryStore, tmp_path: Path) -> None:
+    store.put("a/b", b"")
+    (tmp_path / "objects" / ".parts" / "part").write_bytes(b"")
+    (tmp_path / "objects" / "a" / ".hidden").write_bytes(b"")
+    assert [one.key for one in store.list()] == ["a/b"]
 
 
-@pytest.mark.parametrize("key", ["", "/etc/passwd", "../x", "a/../b", "a//b", "a b", ".hidden"])
-def test_a_key_cannot_leave_the_store(store: DirectoryStore, key: str) -> None:
-    with pytest.raises(ValueError, match="not an object key"):
-        store.put(key, b"")
+def test_a_store_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(Unavailable, match="cannot be made"):
+        DirectoryStore(tmp_path / "file" / "objects")
+    store = DirectoryStore(tmp_path / "objects")
+    (tmp_path / "objects" / ".parts").rmdir()
+    for ask in (store.ping, lambda: store.put("x", b"1")):
+        with pytest.raises(Unavailable):
+            ask()
 
 
 @given(st.binary(max_size=200).map(lambda b: b.replace(b"\r", b"\n")), st.lists(st.integers(1, 9)))

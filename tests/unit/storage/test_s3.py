@@ -1,0 +1,396 @@
+"""What an S3 may do wrong, from a server that does so when told. What it does right is in the
+contract."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from config import Bucket, parse_objects
+from errors import Gone, Unavailable
+from storage.s3 import PART, S3Store
+from tests.conftest import S3Server
+
+DATA = b"0123456789" * 1000
+
+
+class Request(BaseHTTPRequestHandler):
+    """One request. Unless the test says otherwise the bucket is there, a put is taken and a get
+    answered with `DATA`; connections are kept, as real servers do."""
+
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def _answer(self) -> None:
+        self.data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.seen.append(f"{self.command} {self.path}")
+        if not self.server.on(self):
+            self.reply(200, DATA if self.command == "GET" else b"")
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _answer  # noqa: N815
+
+    def reply(self, status: int, body: bytes = b"", **headers: str) -> bool:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", '"e"')
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+        return True
+
+    def refuse(self, status: int, code: str, **headers: str) -> bool:
+        body = f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()
+        return self.reply(status, body, Content_Type="application/xml", **headers)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Request)
+        self.on: Callable[[Request], bool] = lambda _: False
+        self.seen: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"s3://key:secret@127.0.0.1:{self.server_port}/bucket?secure=false"
+
+    def handle_error(self, *_: object) -> None:
+        pass  # A client that leaves is what some tests are about.
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as made:
+        thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield made
+        made.shutdown()
+        thread.join()
+
+
+def bucket(url: str) -> Bucket:
+    found = parse_objects(url)
+    assert isinstance(found, Bucket)
+    return found
+
+
+@pytest.fixture
+def store(server: Server) -> S3Store:
+    return S3Store(bucket(server.url), connect_timeout=1, read_timeout=0.5)
+
+
+def times(count: int, answer: Callable[[Request], bool]) -> Callable[[Request], bool]:
+    """The answer to the first so many requests about objects."""
+    left = [count]
+
+    def on(request: Request) -> bool:
+        if urlsplit(request.path).path.count("/") < 2 or not left[0]:
+            return False
+        left[0] -= 1
+        return answer(request)
+
+    return on
+
+
+ALWAYS = 10**6
+
+
+def test_a_get_cut_short_is_never_served_as_whole(store: S3Store, server: Server) -> None:
+    def cut(request: Request) -> bool:
+        request.send_response(200)
+        request.send_header("Content-Length", str(len(DATA)))
+        request.end_headers()
+        request.wfile.write(DATA[:-1])
+        request.close_connection = True
+        return True
+
+    server.on = times(ALWAYS, cut)
+    with pytest.raises(Unavailable):
+        store.get("x")
+    taken: list[bytes] = []
+    with pytest.raises(Unavailable):
+        taken.extend(store.stream("x"))
+    server.on = times(0, cut)
+    assert store.get("x") == DATA
+
+
+def test_a_server_that_fell_silent_is_left_within_the_deadline(
+    store: S3Store, server: Server
+) -> None:
+    def stall(request: Request) -> bool:
+        request.send_response(200)
+        request.send_header("Content-Length", str(len(DATA)))
+        request.end_headers()
+        request.wfile.write(DATA[:-1])
+        request.wfile.flush()
+        time.sleep(5)
+        request.close_connection = True
+        return True
+
+    server.on = times(ALWAYS, stall)
+    with pytest.raises(Unavailable):
+        store.get("x")
+
+
+def test_a_server_that_never_answers_is_left_within_the_deadline() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"s3://key:secret@127.0.0.1:{listening.getsockname()[1]}/bucket?secure=false"
+        store = S3Store(bucket(url), connect_timeout=0.2, read_timeout=0.2)
+        began = time.monotonic()
+        for ask in (store.ping, lambda: store.get("x"), lambda: store.put("x", b"1")):
+            with pytest.raises(Unavailable):
+                ask()
+        assert time.monotonic() - began < 20
+
+
+def test_a_server_that_is_not_there_is_unavailable() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    store = S3Store(bucket(f"s3://key:secret@127.0.0.1:{port}/bucket?secure=false"))
+    for ask in (
+        store.ping,
+        lambda: store.get("x"),
+        lambda: store.stream("x"),
+        lambda: store.size("x"),
+        lambda: store.put("x", b"1"),
+        lambda: store.delete("x"),
+        lambda: list(store.list()),
+    ):
+        with pytest.raises(Unavailable) as refused:
+            ask()
+        assert "secret" not in str(refused.value)
+
+
+def test_a_server_that_stumbles_is_asked_again(store: S3Store, server: Server) -> None:
+    server.on = times(2, lambda request: request.refuse(503, "SlowDown"))
+    assert store.get("x") == DATA
+    server.on = times(2, lambda request: request.refuse(500, "InternalError"))
+    assert store.put("x", b"1") == 1
+
+
+def test_a_server_that_stays_sick_is_not_asked_for_ever_nor_as_late_as_it_likes(
+    store: S3Store, server: Server
+) -> None:
+    server.on = times(ALWAYS, lambda request: request.refuse(503, "SlowDown", Retry_After="3600"))
+    for ask in (lambda: store.get("x"), lambda: store.put("x", b"1")):
+        server.seen.clear()
+        with pytest.raises(Unavailable, match="SlowDown"):
+            ask()
+        assert 1 < sum("/bucket/x" in path for path in server.seen) < 5
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (403, "AccessDenied"),
+        (403, "RequestTimeTooSkewed"),
+        (403, "SignatureDoesNotMatch"),
+        (404, "NoSuchBucket"),
+        (409, "OperationAborted"),
+        (501, "NotImplemented"),
+    ],
+)
+def test_what_is_not_said_to_be_gone_is_not_gone(
+    store: S3Store, server: Server, status: int, code: str
+) -> None:
+    """Else an answer would be lost for good to a clock that is wrong for an hour."""
+    server.on = times(ALWAYS, lambda request: request.refuse(status, code))
+    with pytest.raises(Unavailable, match=code):
+        store.get("x")
+    server.on = times(ALWAYS, lambda request: request.refuse(404, "NoSuchKey"))
+    with pytest.raises(Gone):
+        store.get("x")
+
+
+@pytest.mark.parametrize("body", [b"<html>a proxy's page</html>", b"", b"\xff\xfe", b"<Error>"])
+def test_an_answer_nobody_understands_is_unavailable(
+    store: S3Store, server: Server, body: bytes
+) -> None:
+    for kind in ("text/html", "application/xml"):
+
+        def babble(request: Request, kind: str = kind) -> bool:
+            return request.reply(418, body, Content_Type=kind)
+
+        server.on = times(ALWAYS, babble)
+        with pytest.raises(Unavailable):
+            store.get("x")
+
+
+def test_a_server_that_ignores_ranges_is_not_believed(store: S3Store) -> None:
+    with pytest.raises(Unavailable, match="range"):
+        store.stream("x", 3, 8)
+
+
+def test_a_long_stream_goes_in_parts_and_is_never_whole_in_memory(
+    store: S3Store, server: Server
+) -> None:
+    lengths: list[int] = []
+    produced = 0
+
+    def take(request: Request) -> bool:
+        if request.command == "POST" and request.path.endswith("?uploads="):
+            return request.reply(200, b"<R><UploadId>u</UploadId></R>")
+        if request.command == "POST":
+            return request.reply(200, b"<R><ETag>e</ETag></R>")
+        lengths.append(len(request.data))
+        # What has been made by now is on its way, but for the part in hand.
+        assert produced - sum(lengths) <= 1 << 20
+        return request.reply(200)
+
+    def produce() -> Iterator[bytes]:
+        nonlocal produced
+        for _ in range(20):
+            produced += 1 << 20
+            yield bytes(1 << 20)
+
+    server.on = times(ALWAYS, take)
+    assert store.put("x", produce()) == 20 << 20
+    assert lengths == [PART, PART, (20 << 20) - 2 * PART]
+
+
+def test_parts_that_are_not_put_together_after_all_are_no_object(
+    store: S3Store, server: Server
+) -> None:
+    """S3 sends 200 before it knows, and the error in the body."""
+
+    def take(request: Request) -> bool:
+        if request.command == "POST" and request.path.endswith("?uploads="):
+            return request.reply(200, b"<R><UploadId>u</UploadId></R>")
+        if request.command == "POST":
+            return request.reply(200, b"<Error><Code>InternalError</Code></Error>")
+        return request.reply(200)
+
+    server.on = times(ALWAYS, take)
+    with pytest.raises(Unavailable):
+        store.put("x", bytes(PART + 1))
+
+
+def test_a_bucket_that_may_not_be_made_or_looked_for_is_used_all_the_same(
+    store: S3Store, server: Server
+) -> None:
+    def guarded(request: Request) -> bool:
+        if urlsplit(request.path).path.strip("/") == "bucket":
+            return request.refuse(403, "AccessDenied")
+        return False
+
+    server.on = guarded
+    assert store.get("x") == DATA
+    assert not any(seen.startswith("PUT") for seen in server.seen)
+
+
+@pytest.mark.parametrize("code", ["BucketAlreadyOwnedByYou", "BucketAlreadyExists"])
+def test_a_bucket_somebody_else_made_first_is_used(
+    store: S3Store, server: Server, code: str
+) -> None:
+    def raced(request: Request) -> bool:
+        if urlsplit(request.path).path.strip("/") != "bucket":
+            return False
+        if request.command == "HEAD":
+            return request.reply(404)
+        return request.refuse(409, code)
+
+    server.on = raced
+    assert store.get("x") == DATA
+
+
+def test_an_upload_that_nobody_will_end_is_aborted(s3: S3Server) -> None:
+    where = bucket(s3.url())
+    store = S3Store(where)
+    store.put("x", b"1")
+    client = store._client
+    upload = client._create_multipart_upload(where.name, "a/b", {})
+    client._upload_part(where.name, "a/b", b"half", None, upload, 1)
+    assert store.clean(datetime.now(UTC)) == 1
+    assert store.clean(datetime.now(UTC)) == 0
+    assert [one.key for one in store.list()] == ["x"]
+
+
+def test_an_upload_that_may_still_be_going_on_is_left_alone(store: S3Store, server: Server) -> None:
+    """S3 says when an upload began, and not when it was last heard of."""
+    now = datetime.now(UTC)
+    begun = {"old": now - timedelta(hours=30), "alive": now - timedelta(hours=20)}
+
+    def uploads(request: Request) -> bool:
+        if request.command != "GET":
+            return False
+        listed = "".join(
+            f"<Upload><Key>{key}</Key><UploadId>u</UploadId>"
+            f"<Initiated>{moment:%Y-%m-%dT%H:%M:%S}.000Z</Initiated></Upload>"
+            for key, moment in begun.items()
+        )
+        return request.reply(200, f"<R>{listed}</R>".encode(), Content_Type="application/xml")
+
+    server.on = uploads
+    assert store.clean(now - timedelta(hours=1)) == 1
+    assert [seen for seen in server.seen if seen.startswith("DELETE")] == [
+        "DELETE /bucket/old?uploadId=u"
+    ]
+    server.on = lambda request: request.refuse(501, "NotImplemented")
+    assert store.clean(now) == 0
+
+
+UNDER_GEVENT = """
+import sys
+from gevent import monkey; monkey.patch_all()
+import gevent
+from storage.objects import open_store
+from web.offload import guarded
+
+store = guarded(open_store(sys.argv[1]))
+ticks = 0
+
+def tick():
+    global ticks
+    while True:
+        ticks += 1
+        gevent.sleep(0.01)
+
+def use():
+    store.put("x", b"1")
+    assert store.get("x") == b"0123456789" * 1000
+    assert b"".join(store.stream("x")) == b"0123456789" * 1000
+
+clock = gevent.spawn(tick)
+for _ in range(3):
+    users = [gevent.spawn(use) for _ in range(20)]
+    gevent.joinall(users, timeout=30, raise_error=True)
+    assert all(user.successful() for user in users)
+print(ticks)
+"""
+
+
+def test_under_gevent_many_use_it_at_once_and_nobody_else_waits(server: Server, root: Path) -> None:
+    """On connections that are kept: where one crossed threads, gevent would refuse it."""
+
+    def slow(request: Request) -> bool:
+        time.sleep(0.1)
+        return False
+
+    server.on = slow
+    done = subprocess.run(
+        [sys.executable, "-c", UNDER_GEVENT, server.url],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 20
