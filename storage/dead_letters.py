@@ -94,7 +94,6 @@ class DeadLetters:
         its input is not kept any more; `KeyReused`."""
         mine = _mine(tenant_id, LetterFilter())
         with self.database.transaction() as connection:
-            _hold_inputs(connection, sa.select(_chunks.job_id).where(mine, _chunks.id == letter))
             row = connection.execute(
                 sa.select(*_LETTER).where(mine, _chunks.id == letter).with_for_update()
             ).one_or_none()
@@ -119,16 +118,13 @@ class DeadLetters:
     ) -> Redriven:
         """Run the oldest `limit` letters again that have not been, one new job for each old one.
         Those that another call is redriving right now are left to it. Raises `KeyReused`."""
-        open_letters = sa.and_(_mine(tenant_id, chosen), _chunks.redriven_as.is_(None))
         with self.database.transaction() as connection:
             mark = uuids.uuid7()
             if idempotency.settle(connection, once, mark) != mark:
                 return Redriven.from_json(idempotency.answer(connection, once))
-            oldest = sa.select(_chunks.job_id).where(open_letters).order_by(_chunks.id)
-            held = _hold_inputs(connection, oldest.limit(limit + 1))
             rows = connection.execute(
                 sa.select(*_LETTER)
-                .where(open_letters, _chunks.job_id.in_(held))
+                .where(_mine(tenant_id, chosen), _chunks.redriven_as.is_(None))
                 .order_by(_chunks.id)
                 .limit(limit + 1)
                 .with_for_update(skip_locked=True)
@@ -160,27 +156,6 @@ def _mine(tenant_id: UUID, chosen: LetterFilter) -> sa.ColumnElement[bool]:
     return sa.and_(*conditions)
 
 
-def _hold_inputs(connection: sa.Connection, of_jobs: sa.Select[tuple[UUID]]) -> list[UUID]:
-    """Until the transaction ends, retention takes nothing that these jobs read. Before their
-    letters are locked: jobs before chunks."""
-    held = list(
-        connection.execute(
-            sa.select(_jobs.id)
-            .where(_jobs.id.in_(of_jobs))
-            .order_by(_jobs.id)
-            .with_for_update(read=True, key_share=True)
-        ).scalars()
-    )
-    files = sa.select(_batches.input_file_id).where(_batches.job_id.in_(held))
-    connection.execute(
-        sa.select(tables.files.c.id)
-        .where(tables.files.c.id.in_(files))
-        .order_by(tables.files.c.id)
-        .with_for_update(read=True, key_share=True)
-    )
-    return held
-
-
 @dataclass(slots=True)
 class _Again:
     """The letters of one job, and the job they become."""
@@ -191,13 +166,31 @@ class _Again:
     """Its file was not read in, or its answers not put together: everything runs again."""
 
 
+def _hold_inputs(connection: sa.Connection, jobs: Sequence[UUID]) -> set[UUID]:
+    """Those of `jobs` whose input is there and, until the transaction ends, stays there: retention
+    asks for the same rows. What it has in hand this moment is gone; it is not waited for, since it
+    may be waiting for our letters."""
+    held = list(_held(connection, _jobs.id, jobs))
+    inputs = sa.select(_batches.input_file_id).where(_batches.job_id.in_(held))
+    files = _held(connection, tables.files.c.id, inputs)
+    return set(connection.execute(_KEPT, {"ids": held, "files": list(files)}).scalars())
+
+
+def _held(connection: sa.Connection, column: sa.Column[Any], ids: Any) -> sa.ScalarResult[UUID]:
+    return connection.execute(
+        sa.select(column)
+        .where(column.in_(ids))
+        .with_for_update(read=True, key_share=True, skip_locked=True)
+    ).scalars()
+
+
 def _redrive(connection: sa.Connection, letters: Sequence[Row], deadline: float | None) -> Redriven:
     again: dict[UUID, _Again] = {}
     for letter in letters:
         one = again.setdefault(letter.job_id, _Again(uuids.uuid7()))
         one.letters.append(letter.id)
         one.whole = one.whole or letter.kind != ChunkKind.INFER
-    kept = set(connection.execute(_KEPT, {"ids": list(again)}).scalars()) if again else set()
+    kept = _hold_inputs(connection, list(again))
     gone = tuple(n for job, one in again.items() if job not in kept for n in one.letters)
     again = {job: one for job, one in again.items() if job in kept}
     for job_id, one in again.items():
@@ -282,6 +275,7 @@ _KEPT = (
         sa.or_(
             _jobs.kind == JobKind.INFER,
             sa.and_(
+                tables.files.c.id.in_(sa.bindparam("files", expanding=True)),
                 tables.files.c.deleted_at.is_(None),
                 tables.files.c.purged_at.is_(None),
                 sa.or_(tables.files.c.expires_at.is_(None), tables.files.c.expires_at > moves.now),

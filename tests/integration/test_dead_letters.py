@@ -235,6 +235,36 @@ def test_a_letter_redriven_by_many_at_once_becomes_one_job(
     assert len(released(ledger)) == 1
 
 
+def test_letters_that_somebody_else_redrives_right_now_do_not_stand_before_the_others(
+    ledger: Ledger, letters: DeadLetters
+) -> None:
+    submit(ledger, 5)
+    claims = claimed(ledger)
+    die(ledger, claims)
+    oldest, *others = (claim.id for claim in claims)
+    with ledger.database.transaction() as elsewhere:
+        elsewhere.exec_driver_sql(f"SELECT FROM chunks WHERE id = {oldest} FOR UPDATE")
+        made = letters.redrive_all(ledger.tenant, LetterFilter(), limit=2)
+        assert (made.letters, made.more) == (2, True)
+        made = letters.redrive_all(ledger.tenant, LetterFilter(), limit=2)
+        assert (made.letters, made.more) == (2, False)
+    assert listed(ledger, letters, redriven=True) == sorted(others, reverse=True)
+
+
+def test_an_input_that_is_being_taken_away_is_gone_and_is_not_waited_for(
+    ledger: Ledger, letters: DeadLetters
+) -> None:
+    submit(ledger)
+    (claim,) = claimed(ledger)
+    die(ledger, [claim])
+    job = str(claim.job_id)
+    with ledger.database.transaction() as retention:
+        retention.exec_driver_sql("SELECT FROM jobs WHERE id = %s FOR UPDATE", (job,))
+        with pytest.raises(Gone):
+            letters.redrive(ledger.tenant, claim.id)
+    assert letters.redrive(ledger.tenant, claim.id)
+
+
 def once(ledger: Ledger, fingerprint: bytes = b"asked") -> Once:
     return Once(ledger.tenant, "POST /redrive", "key", fingerprint, ttl=86_400)
 
