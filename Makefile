@@ -12,7 +12,7 @@ CODE := config.py errors.py inference ops storage tasks tests web workers
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} \
 		/^##@/ {printf "\n%s\n", substr($$0, 5)} \
-		/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+		/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: install
 install: $(INSTALLED) ## Install what the other commands need (they do so themselves)
@@ -40,6 +40,12 @@ test: install ## Run all tests
 .PHONY: test-unit
 test-unit: install ## Run the tests that need no server
 	@exec $(PYTHON) -m pytest tests/unit
+
+# The demo brings a stack of its own.
+.PHONY: test-rabbitmq
+test-rabbitmq: install ## Run the end-to-end tests with RabbitMQ as broker
+	@exec env TIDEGATE_TEST_BROKER=rabbitmq $(PYTHON) -m pytest -n 3 --dist loadfile \
+		tests/e2e tests/integration/test_tasks.py --ignore tests/e2e/test_demo.py
 
 .PHONY: lint
 lint: install ## Look for mistakes and style

@@ -106,9 +106,10 @@ class Settings:
 
     # Broker
     broker_url: str = field(default="", repr=False)
-    """Empty: the Redis of `redis_url`."""
+    """Empty: the Redis of `redis_url`. Or RabbitMQ: `amqp://user:password@host/vhost`."""
     namespace: str = "tidegate"
-    """Prefix of every Redis key and broker queue of this deployment."""
+    """Prefix of every Redis key of this deployment, the broker's among them. On RabbitMQ a virtual
+    host is a deployment."""
     monitoring: bool = True
     """Send Celery task events and answer remote control (Flower, `celery inspect`)."""
 

@@ -1,6 +1,9 @@
 """Names on the wire between gateway and GPU workers: tasks, queues, and how one is sent.
 
 A message holds ids only, never a tensor: at most `MAX_BYTES`, whatever the request weighs.
+
+Nothing depends on one message arriving: the ledger sends its hints again, and a realtime request
+has a deadline. So it may be dropped by a broker that had to deliver it too often.
 """
 
 from __future__ import annotations
@@ -9,11 +12,14 @@ import functools
 import re
 from typing import Any
 
+import structlog
 from celery import current_app
 from kombu import Exchange, Queue
 from kombu.exceptions import KombuError, OperationalError
 
 from errors import Unavailable
+
+log = structlog.get_logger(__name__)
 
 REALTIME = "tidegate.realtime"
 QUERY = "tidegate.query"
@@ -44,23 +50,66 @@ def is_batch(name: str) -> bool:
     return name.endswith(".batch")
 
 
+# What RabbitMQ reads here and Redis does not. Nothing is set that an operator might change: a
+# queue that is there with other arguments is refused.
+DELIVERIES = 5
+"""Times RabbitMQ gives one message to workers that die of it. More than the attempts of a chunk:
+the ledger is the judge."""
+_QUORUM = {"x-queue-type": "quorum"}
+
+DEAD = Queue(
+    "tidegate.dead",
+    Exchange("tidegate.dead"),
+    routing_key="tidegate.dead",
+    queue_arguments={**_QUORUM, "x-max-length": 1000},
+)
+"""The latest hints that were delivered too often, for an operator to look at."""
+
+
 @functools.cache
 def queue(name: str) -> Queue:
     """A queue of ours, on an exchange of its own name."""
-    return Queue(name, Exchange(name), routing_key=name)
+    arguments = {**_QUORUM, "x-delivery-limit": DELIVERIES}
+    # Of a realtime message nothing is left to look at: who took it took its tensors.
+    if is_batch(name):
+        arguments |= {
+            "x-dead-letter-exchange": DEAD.exchange.name,
+            "x-dead-letter-routing-key": DEAD.routing_key,
+        }
+    return Queue(name, Exchange(name), routing_key=name, queue_arguments=arguments)
 
 
-def send(task: str, to: str, **kwargs: Any) -> None:
-    """Publish one message. Raises `Unavailable` where the broker is out of reach."""
+POOL_TIMEOUT = 2.0
+"""Seconds a message may wait until one of this process's connections is free."""
+
+
+def send(task: str, to: str, *, ttl: float | None = None, **kwargs: Any) -> None:
+    """Publish one message; RabbitMQ drops it where nobody took it for `ttl` seconds. Raises
+    `Unavailable` where the broker is out of reach, or does not say that it has the message."""
     try:
-        current_app.send_task(
-            task,
-            kwargs=kwargs,
-            queue=queue(to),
-            ignore_result=True,
-            # What monitors show instead of arguments.
-            argsrepr="()",
-            kwargsrepr="{...}",
-        )
+        with current_app.producer_pool.acquire(block=True, timeout=POOL_TIMEOUT) as producer:
+            try:
+                current_app.send_task(
+                    task,
+                    kwargs=kwargs,
+                    queue=queue(to),
+                    producer=producer,
+                    expiration=ttl,
+                    # RabbitMQ confirms what it could put in no queue, too, unless asked to object.
+                    mandatory=True,
+                    ignore_result=True,
+                    # What monitors show instead of arguments.
+                    argsrepr="()",
+                    kwargsrepr="{...}",
+                )
+            except Exception as error:
+                connection = producer.connection
+                # A confirm that still comes must not pass for the next message's.
+                connection.collect()
+                if isinstance(error, connection.connection_errors + connection.channel_errors):
+                    # Not away: it does not like what we ask. What exactly is for its operator.
+                    log.warning("refused", action="messages.refused", to=to, error=str(error))
+                    raise Unavailable("the message broker refused", retry_after=1) from error
+                raise
     except (OperationalError, KombuError, OSError) as error:
         raise Unavailable("the message broker is out of reach", retry_after=1) from error

@@ -1,6 +1,7 @@
 """What tests share: one embedded stack per test process, and fresh databases on it.
 
 Everything is real unless a test says `fake`. Servers are made when the first test asks for them.
+With TIDEGATE_TEST_BROKER=rabbitmq the stacks have RabbitMQ as message broker, not Redis.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import sqlalchemy as sa
 
 import config
 from config import Settings
-from ops.embedded import Stack
+from ops.embedded import Stack, rabbitmq
 from storage.__main__ import upgrade
 from storage.backlog import Backlog
 from storage.chunks import Chunks
@@ -29,19 +30,47 @@ from storage.jobs import Jobs
 from storage.keys import Keys
 from storage.records import Records
 
+BROKER = os.environ.get("TIDEGATE_TEST_BROKER") or "redis"
+# For every stack there is, those that tests start by themselves among them.
+os.environ["TIDEGATE_BROKER"] = BROKER
 
-def _settings(stack: Stack) -> Settings:
+
+NOT_INSTALLED = "RabbitMQ is not installed: apt-get install rabbitmq-server"
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Leave out what needs the chosen broker where that is not there."""
+    if BROKER == "rabbitmq" and not rabbitmq.installed():
+        if os.environ.get("CI"):
+            raise pytest.UsageError(f"{NOT_INSTALLED}, as .ci/run does")
+        unit = Path(__file__).with_name("unit")
+        for item in items:
+            if unit not in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason=NOT_INSTALLED))
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_installed() -> None:
+    """Skips, or fails where everything is to be tested, if there is no RabbitMQ."""
+    if not rabbitmq.installed():
+        assert not os.environ.get("CI"), f"{NOT_INSTALLED}, as .ci/run does"
+        pytest.skip(NOT_INSTALLED)
+
+
+def settings_of(stack: Stack) -> Settings:
+    """The settings of the product's processes in a stack."""
     names = {f"TIDEGATE_{name.upper()}": name for name in Settings.__dataclass_fields__}
     return config.load(**{names[key]: value for key, value in stack.env.items() if key in names})
 
 
 @pytest.fixture(scope="session")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """Postgres and Redis."""
+    """Postgres, Redis, and the message broker where that is another one."""
     # Nobody's bucket: what tests store is for tests to collect.
     environ = {name: text for name, text in os.environ.items() if name != "TIDEGATE_OBJECTS_URL"}
     with Stack(tmp_path_factory.mktemp("stack") / "var", environ=environ) as stack:
-        stack.start(only=("postgres", "redis"))
+        stack.open()
+        stack.start(only={"postgres", "redis", "epmd", "rabbitmq"} & stack.processes.keys())
         yield stack
 
 
@@ -62,13 +91,13 @@ def triton_address(stores: Stack) -> str:
 @pytest.fixture(scope="session")
 def stack_settings(stack: Stack) -> Settings:
     """The settings of the running stack."""
-    return _settings(stack)
+    return settings_of(stack)
 
 
 @pytest.fixture(scope="module")
 def settings(stores: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
     """Settings of a deployment of this module's own: a fresh database, a namespace in Redis."""
-    shared = _settings(stores)
+    shared = settings_of(stores)
     name = f"test_{secrets.token_hex(6)}"
     admin = sa.create_engine(shared.database_url, isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:

@@ -148,6 +148,7 @@ class Coalescer:
         self._send(
             messages.REALTIME,
             messages.realtime_queue(self._group),
+            ttl=max(0.001, *deadlines),
             message=flight.message.hex(),
             gateway=self._replies.gateway,
             deadlines=deadlines,

@@ -74,6 +74,7 @@ class RealtimeLane:
             messages.send(
                 messages.QUERY,
                 messages.realtime_queue(self._group),
+                ttl=timeout,
                 message=message.hex(),
                 gateway=self._replies.gateway,
                 op=op,

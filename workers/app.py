@@ -7,7 +7,7 @@ from celery.signals import setup_logging
 
 from config import Settings
 from tasks import messages
-from workers import gpu, logs, transport
+from workers import broker, gpu, logs, transport
 
 
 def build_app(settings: Settings) -> Celery:
@@ -40,11 +40,14 @@ def build_app(settings: Settings) -> Celery:
         # gevent does not come back after a Redis restart; a thread can't be killed, so every call
         # has a deadline of its own.
         worker_pool="threads",
+        worker_consumer="workers.consumer:Consumer",
         worker_concurrency=settings.realtime_slots + settings.batch_slots,
         worker_prefetch_multiplier=1,
         # The slots below are fixed per lane; Celery would size one prefetch for both.
         worker_enable_prefetch_count_reduction=False,
         worker_cancel_long_running_tasks_on_connection_loss=False,
+        # On RabbitMQ: prefetch by consumer, which is all that quorum queues know.
+        worker_detect_quorum_queues=True,
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,
         worker_enable_remote_control=settings.monitoring,
@@ -58,23 +61,13 @@ def build_app(settings: Settings) -> Celery:
             "interval_step": 0.1,
             "interval_max": 0.2,
         },
-        broker_connection_timeout=2,
+        broker_connection_timeout=broker.CONNECT_TIMEOUT,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        broker_transport_options={
-            "visibility_timeout": 3600,
-            "unacked_restore_interval": 5,
-            "unacked_restore_throttle": 1,
-            "socket_timeout": 15,
-            "socket_connect_timeout": 2,
-            "socket_keepalive": True,
-            "health_check_interval": 10,
-            "retry_on_timeout": False,
-            "queue_order_strategy": "priority",
-            "global_keyprefix": f"{settings.namespace}:",
-            "sep": ":",
-            "client_name": "tidegate",
-        },
+        # RabbitMQ closes a channel for what it does not like; a worker comes back from that, too.
+        broker_channel_error_retry=True,
+        broker_heartbeat=broker.HEARTBEAT,
+        broker_transport_options=broker.transport_options(settings),
     )
     # Not in `app.conf`, which monitors may read.
     app.tidegate = settings

@@ -132,6 +132,8 @@ class BatchLane(bootsteps.StartStopStep):  # type: ignore[misc]
         super().__init__(c, **options)
 
     def start(self, c: Any) -> None:
+        if c.connection.transport.driver_type == "amqp":
+            messages.DEAD(c.connection.default_channel).declare()
         queues = c.controller.batch_queues
         if not queues:
             return

@@ -1,10 +1,15 @@
-"""kombu's Redis transport, mended where a Redis that goes away ends a worker that runs tasks."""
+"""kombu's transports, mended: where a Redis that goes away ends a worker that runs tasks, and where
+a RabbitMQ that hangs holds up who talks to it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from kombu.transport import TRANSPORT_ALIASES, redis
+from kombu import transport
+from kombu.transport import TRANSPORT_ALIASES, pyamqp, redis
+
+IO_TIMEOUT = 3.0
+"""Seconds RabbitMQ may take to say its next word: a publish ends within a few of these."""
 
 
 class Channel(redis.Channel):  # type: ignore[misc]
@@ -23,7 +28,35 @@ class Transport(redis.Transport):  # type: ignore[misc]
     Channel = Channel
 
 
+class _Bounded:
+    """Connections that wait for no answer for ever.
+
+    py-amqp has a deadline for connecting alone: a declaration, a confirm or a close would wait as
+    long as a RabbitMQ hangs. Its read timeout is a socket option, which gevent doesn't see.
+    """
+
+    def establish_connection(self) -> Any:
+        made = super().establish_connection()  # type: ignore[misc]
+        made.transport.sock.settimeout(IO_TIMEOUT)
+        return made
+
+
+class AmqpTransport(_Bounded, pyamqp.Transport):  # type: ignore[misc]
+    pass
+
+
+class AmqpsTransport(_Bounded, pyamqp.SSLTransport):  # type: ignore[misc]
+    pass
+
+
 def install() -> None:
-    """What kombu makes of `redis://` from now on."""
-    for scheme in ("redis", "rediss"):
-        TRANSPORT_ALIASES[scheme] = "workers.transport:Transport"
+    """What kombu makes of `redis://` and `amqp://` from now on."""
+    for scheme, ours in (
+        ("redis", Transport),
+        ("rediss", Transport),
+        ("amqp", AmqpTransport),
+        ("amqps", AmqpsTransport),
+    ):
+        TRANSPORT_ALIASES[scheme] = f"{__name__}:{ours.__name__}"
+        # What somebody's connection in this process made of it before.
+        transport._transport_cache.pop(scheme, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
 import secrets
@@ -23,6 +24,10 @@ class Credentials:
     """TIDEGATE_SECRET."""
     api_key: str
     """The key of the tenant `default`."""
+
+    def derived(self, name: str) -> str:
+        """One more password, which the file does not hold and an older file does not lack."""
+        return hmac.digest(self.secret.encode(), f"stack:{name}".encode(), "sha256").hex()
 
 
 def new() -> Credentials:

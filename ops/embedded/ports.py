@@ -22,6 +22,9 @@ VARIABLES = {
     "flower": "TIDEGATE_FLOWER_PORT",
     "postgres": "TIDEGATE_POSTGRES_PORT",
     "redis": "TIDEGATE_REDIS_PORT",
+    "rabbitmq": "TIDEGATE_RABBITMQ_PORT",
+    "rabbitmq_dist": "TIDEGATE_RABBITMQ_DIST_PORT",
+    "epmd": "TIDEGATE_EPMD_PORT",
     "triton_http": "TIDEGATE_TRITON_HTTP_PORT",
     "triton_grpc": "TIDEGATE_TRITON_GRPC_PORT",
     "triton_metrics": "TIDEGATE_TRITON_METRICS_PORT",
@@ -36,6 +39,10 @@ class Ports:
     flower: int = 0
     postgres: int = 0
     redis: int = 0
+    rabbitmq: int = 0
+    rabbitmq_dist: int = 0
+    """Where RabbitMQ's own tools reach it."""
+    epmd: int = 0
     triton_http: int = 0
     triton_grpc: int = 0
     triton_metrics: int = 0

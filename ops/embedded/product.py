@@ -10,7 +10,8 @@ from ops.embedded import probes
 from ops.embedded.ports import HOST
 from ops.embedded.process import Process
 
-STORES = ("postgres", "redis", "triton")
+STORES = ("postgres", "redis", "rabbitmq", "triton")
+"""As far as a stack has them."""
 SETUP = ("migrate", "default-key")
 
 
@@ -70,7 +71,7 @@ def sweeper(env: Mapping[str, str]) -> Process:
         env,
         ready=_assumed,
         settle=1.0,
-        after=("redis", *SETUP),
+        after=("redis", "rabbitmq", *SETUP),
         tier=1,
         # A delivery of a webhook takes up to 15 s.
         stop_timeout=20.0,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from ops.embedded import credentials, envfile, leftovers, postgres, product, redis, triton
+from ops.embedded import credentials, envfile, leftovers, postgres, product, rabbitmq, redis, triton
 from ops.embedded.backoff import Backoff
 from ops.embedded.ports import HOST, Ports
 from ops.embedded.process import POLL, Child, Process, StackError
@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WATCH = 0.2
 """Seconds between two looks at processes that run."""
 FLOWER_USER = "tidegate"
+BROKERS = ("redis", "rabbitmq")
 
 
 class Interrupted(Exception):
@@ -52,8 +53,9 @@ class Stack:
         tell: Callable[[str], None] = silent,
     ):
         """`ports`: any free ones by default. `environ`: what the processes inherit, by default
-        this process's environment; TIDEGATE_* settings in it reach the product. `tell` is given
-        a line for everything that happens."""
+        this process's environment; TIDEGATE_* settings in it reach the product, and
+        TIDEGATE_BROKER=rabbitmq asks for RabbitMQ beside Redis. `tell` is given a line for
+        everything that happens."""
         self.var = var.resolve()
         self._asked_ports = ports or Ports()
         self._inherited = os.environ if environ is None else environ
@@ -259,6 +261,11 @@ class Stack:
             "TIDEGATE_SECRET": made.secret,
         }
         bare = {"PATH": self._inherited.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC"}
+        broker: list[Process] = []
+        if self._broker() == "rabbitmq":
+            password, cookie = made.derived("rabbitmq"), made.derived("erlang")
+            broker = rabbitmq.processes(self.var / "rabbitmq", ports, password, cookie, bare)
+            self.env["TIDEGATE_BROKER_URL"] = rabbitmq.url(ports.rabbitmq, password)
         ours = {**_inheritable(self._inherited), **self.env, "PYTHONUNBUFFERED": "1"}
         self._settings = ours
         # Triton first: it takes longest.
@@ -272,6 +279,7 @@ class Stack:
                 metrics=ports.triton_metrics,
                 env=bare,
             ),
+            *broker,
             redis.process(self.var / "redis", ports.redis, made.redis, bare),
             postgres.process(
                 self.var / "postgres", ports.postgres, made.postgres, bare, self._tell
@@ -283,6 +291,12 @@ class Stack:
             product.flower(ours, ports.flower, FLOWER_USER, made.flower),
         ]
         self.processes = {process.name: process for process in table}
+
+    def _broker(self) -> str:
+        chosen = self._inherited.get("TIDEGATE_BROKER") or BROKERS[0]
+        if chosen not in BROKERS:
+            raise StackError(f"TIDEGATE_BROKER={chosen!r}: {' or '.join(BROKERS)}, please")
+        return chosen
 
     def _close(self) -> None:
         if self._lock is None:

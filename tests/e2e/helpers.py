@@ -5,19 +5,22 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import signal
+import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from email.message import Message
 from threading import Barrier, Thread
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 import redis
 
-from ops.embedded import Stack
+from ops.embedded import Stack, rabbitmq
 
 T = TypeVar("T")
 POLL = 0.02
@@ -126,6 +129,36 @@ def flower(env: Mapping[str, str]) -> Http:
     user, password = env["TIDEGATE_FLOWER_USER"], env["TIDEGATE_FLOWER_PASSWORD"]
     token = base64.b64encode(f"{user}:{password}".encode()).decode()
     return Http(env["TIDEGATE_FLOWER_URL"], {"Authorization": f"Basic {token}"})
+
+
+# Parts of a stack
+
+
+@contextmanager
+def hanging(stack: Stack, name: str) -> Iterator[None]:
+    """A process, and its children, stopped in the middle of what they do."""
+    top = psutil.Process(stack.pid(name))
+    family = [top, *top.children(recursive=True)]
+    for process in family:
+        process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in family:
+            process.send_signal(signal.SIGCONT)
+
+
+def rabbitmqctl(stack: Stack, *arguments: str) -> str:
+    """What a stack's RabbitMQ answers to its operator."""
+    done = subprocess.run(
+        [rabbitmq.BIN / "rabbitmqctl", "--quiet", *arguments],
+        env=dict(stack.processes["rabbitmq"].env),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return done.stdout
 
 
 # Requests

@@ -9,14 +9,9 @@ import re
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from threading import Thread
-from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
@@ -46,6 +41,7 @@ from tests.e2e.helpers import (
     until,
     upload,
 )
+from tests.e2e.traffic import overheard
 
 pytestmark = pytest.mark.stack
 
@@ -72,56 +68,12 @@ def test_a_gateway_that_runs_is_alive_and_ready(gateway: Http) -> None:
 # The broker
 
 
-@dataclass
-class Traffic:
-    """What clients said to Redis, in its order."""
-
-    commands: list[str] = field(default_factory=list)
-
-    def published(self, queue: str) -> list[str]:
-        """The messages put in a queue."""
-        found = []
-        for command in self.commands:
-            name, _, rest = command.partition(" ")
-            key, _, message = rest.partition(" ")
-            if name.upper() == "LPUSH" and key.endswith(f":{queue}"):
-                found.append(message)
-        return found
-
-
-@contextmanager
-def overheard(client: redis.Redis) -> Iterator[Traffic]:
-    """Everything said to Redis within the block."""
-    traffic, marker = Traffic(), secrets.token_hex(8)
-    with client.monitor() as monitor:  # type: ignore[no-untyped-call]
-
-        def listen() -> None:
-            while marker not in (command := monitor.next_command()["command"]):
-                traffic.commands.append(command)
-
-        thread = Thread(target=listen)
-        thread.start()
-        try:
-            yield traffic
-        finally:
-            client.echo(marker)
-            thread.join(timeout=30)
-    assert not thread.is_alive()
-
-
-def contents(message: str) -> tuple[dict[str, Any], bytes]:
-    """A Celery message, and its body as it was before base64."""
-    document = json.loads(message)
-    assert document["properties"]["body_encoding"] == "base64"
-    return document, base64.b64decode(document["body"])
-
-
 def test_a_message_for_many_requests_is_small(
-    gateway: Http, redis_client: redis.Redis, witness: Witness
+    stack: Stack, gateway: Http, redis_client: redis.Redis, witness: Witness
 ) -> None:
     """While a window of messages is in flight, requests gather for the next one."""
     slow = partial(gateway.post, IDENTITY, ints(0, delay_ms=2000))
-    with overheard(redis_client) as traffic, ThreadPoolExecutor(WINDOW) as pool:
+    with overheard(stack, redis_client) as traffic, ThreadPoolExecutor(WINDOW) as pool:
         for _ in range(WINDOW):
             before = witness.messages()
             pool.submit(slow)
@@ -131,17 +83,18 @@ def test_a_message_for_many_requests_is_small(
     sent = [
         message
         for message in traffic.published(messages.realtime_queue("default"))
-        if contents(message)[0]["headers"]["task"] == messages.REALTIME
+        if message.task == messages.REALTIME
     ]
 
     assert {reply.status for reply in replies} == {200}
     # How many travel together depends on how closely 70 threads follow each other.
     assert 2 <= max(job["metrics"]["batch_size"] for job in jobs) <= 64
     assert WINDOW < len(sent) < WINDOW + len(replies)
-    assert max(len(message) for message in sent) <= messages.MAX_BYTES
+    assert max(message.size for message in sent) <= messages.MAX_BYTES
 
 
 def test_a_hint_about_many_jobs_is_small(
+    stack: Stack,
     gateway: Http,
     redis_client: redis.Redis,
     stack_settings: Settings,
@@ -165,16 +118,15 @@ def test_a_hint_about_many_jobs_is_small(
         )
         for _ in range(64)
     ]
-    with overheard(redis_client) as traffic:
+    with overheard(stack, redis_client) as traffic:
         Jobs(database).submit(jobs)
         states = {ended(gateway, str(job.id))["status"] for job in jobs}
     database.close()
-    hints = [contents(message) for message in traffic.published(messages.batch_queue("default"))]
+    hints = traffic.published(messages.batch_queue("default"))
 
     assert states == {"succeeded"}
-    assert max(len(json.loads(body)[1]["ids"]) for _, body in hints) == 64
-    sizes = [len(message) for message in traffic.published(messages.batch_queue("default"))]
-    assert max(sizes) <= messages.MAX_BYTES
+    assert max(len(json.loads(hint.body)[1]["ids"]) for hint in hints) == 64
+    assert max(hint.size for hint in hints) <= messages.MAX_BYTES
 
 
 # Flower
@@ -242,7 +194,7 @@ def test_tensors_are_in_no_log_no_message_and_not_in_flower(
 ) -> None:
     canary = f"canary{secrets.token_hex(8)}"
     text = {"inputs": [tensor("TEXT", "BYTES", [canary])]}
-    with overheard(redis_client) as traffic:
+    with overheard(stack, redis_client) as traffic:
         assert gateway.post(IDENTITY, text).status == 200
         assert gateway.post(IDENTITY, text | {"parameters": {"fail": "x"}}).status == 500
         late = gateway.post(
@@ -276,7 +228,7 @@ def test_tensors_are_in_no_log_no_message_and_not_in_flower(
         for message in traffic.published(queue)
     ]
     assert len(sent) >= 5
-    assert not any(canary.encode() in contents(message)[1] for message in sent)
+    assert not any(canary.encode() in message.body for message in sent)
     assert canary not in shown
     assert [name for name, text in logs(stack).items() if canary in text] == []
 
@@ -292,7 +244,7 @@ def batch_of(server: Http, *lines: str) -> str:
 def credentials(stack: Stack) -> dict[str, str]:
     """What opens something, by name."""
     named = ("TIDEGATE_SECRET", "TIDEGATE_API_KEY", "TIDEGATE_FLOWER_PASSWORD")
-    urls = ("TIDEGATE_DATABASE_URL", "TIDEGATE_REDIS_URL")
+    urls = {"TIDEGATE_DATABASE_URL", "TIDEGATE_REDIS_URL", "TIDEGATE_BROKER_URL"} & stack.env.keys()
     found = {name: stack.env[name] for name in named}
     found |= {name: urlsplit(stack.env[name]).password or "" for name in urls}
     assert all(found.values())

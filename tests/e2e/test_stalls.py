@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
 
 from ops.embedded import Stack
-from tests.e2e.helpers import Http, ints, until
+from tests.e2e.helpers import Http, hanging, ints, until
 
 pytestmark = pytest.mark.stack
 IDENTITY = "/v2/models/identity/infer"
@@ -32,20 +29,6 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 @pytest.fixture
 def server(own: Stack) -> Http:
     return Http.of(own)
-
-
-@contextmanager
-def hanging(stack: Stack, name: str) -> Iterator[None]:
-    """A process, and its children, stopped in the middle of what they do."""
-    top = psutil.Process(stack.pid(name))
-    family = [top, *top.children(recursive=True)]
-    for process in family:
-        process.send_signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for process in family:
-            process.send_signal(signal.SIGCONT)
 
 
 def test_a_postgres_that_hangs_stops_jobs_clearly_and_realtime_not_at_all(

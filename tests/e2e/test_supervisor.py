@@ -193,7 +193,8 @@ def test_everything_listens_on_this_machine_only(second: Running) -> None:
         if connection.status == psutil.CONN_LISTEN
     }
 
-    assert addresses == {"127.0.0.1"}
+    # RabbitMQ's port mapper, where there is one, takes both.
+    assert addresses - {"::1"} == {"127.0.0.1"}
 
 
 def test_flower_knows_the_worker_from_the_start(second: Running) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.embedded import Ports, Process, StackError, credentials, envfile, leftovers
+from ops.embedded import Ports, Process, StackError, credentials, envfile, leftovers, rabbitmq
 from ops.embedded.backoff import Backoff
 from ops.embedded.process import Child, launcher
 from ops.embedded.stack import Stack
@@ -63,6 +63,7 @@ def test_credentials_are_made_once_for_their_owner_alone(tmp_path: Path) -> None
 
     assert credentials.load_or_make(path) == made
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert made.derived("rabbitmq") != made.derived("erlang") != made.secret
     prefix, live, public, private = made.api_key.split("_")
     assert (prefix, live, len(public), len(private)) == ("tg", "live", 8, 43)
 
@@ -80,6 +81,19 @@ def test_lost_credentials_are_not_replaced_under_existing_data(tmp_path: Path) -
 
     with pytest.raises(StackError, match=r"secrets\.json is missing"):
         Stack(tmp_path).open()
+
+
+def test_an_unknown_broker_is_refused_by_the_name_of_its_setting(tmp_path: Path) -> None:
+    with pytest.raises(StackError, match="TIDEGATE_BROKER='kafka': redis or rabbitmq"):
+        Stack(tmp_path, environ={"TIDEGATE_BROKER": "kafka"}).open()
+
+
+def test_a_rabbitmq_that_is_not_installed_is_refused_with_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rabbitmq, "BIN", tmp_path)
+    with pytest.raises(StackError, match="apt-get install rabbitmq-server"):
+        Stack(tmp_path / "var", environ={"TIDEGATE_BROKER": "rabbitmq"}).open()
 
 
 def test_the_env_file_means_the_same_to_a_shell_and_to_us(tmp_path: Path) -> None:
