@@ -1,0 +1,1 @@
+"""Fault tests: real parts are killed, stopped and cut off under load, and one oracle judges."""

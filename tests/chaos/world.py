@@ -1,0 +1,353 @@
+"""The stack that is hurt, and one scenario's doings on it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psutil
+import redis
+from tqdm import tqdm
+
+from ops.embedded import Stack
+from ops.embedded.process import Process
+from tests.chaos.client import Client, Refused
+from tests.chaos.journal import Journal
+from tests.chaos.oracle import Due, Evidence, Item, Kill, Verdict, judge
+
+STORES = ("triton", "redis", "postgres")
+PRODUCT = ("gateway", "worker", "sweeper")
+PARTS = (*STORES, "migrate", "default-key", *PRODUCT)
+"""What is started: everything but Flower."""
+LEASE, SWEEP, HINT = 3.0, 0.5, 2.0
+SETTINGS = {
+    "TIDEGATE_LEASE": str(LEASE),
+    "TIDEGATE_SWEEP_INTERVAL": str(SWEEP),
+    "TIDEGATE_HINT_TIMEOUT": str(HINT),
+    # Small, so that work is spread over many attempts.
+    "TIDEGATE_CHUNK_ITEMS": "16",
+    # A storm hits the same chunk more often than life does; that attempts end is tested by itself.
+    "TIDEGATE_MAX_ATTEMPTS": "50",
+}
+WORKER = ("celery", "-A", "tests.chaos.crashing", "worker")
+SETTLE = 30.0
+"""Seconds for the broker and the outbox to empty once every job has ended."""
+
+Tell = Callable[[str], None]
+
+
+class World:
+    """One embedded stack whose workers are watched (`crashing`). To be used from one thread, which
+    outlives it."""
+
+    def __init__(self, var: Path, *, seed: int, tell: Tell = lambda _: None, quiet: bool = True):
+        self.seed = seed
+        self.tell = tell
+        self.quiet = quiet
+        self.stack = Stack(var, environ={**os.environ, **SETTINGS})
+        self.stack.open()
+        self.stack.processes["worker"] = watched(self.stack.processes["worker"])
+        self.journal = Journal(self.stack.env)
+        self.objects = self.stack.var / "objects"
+
+    def start(self) -> None:
+        self.stack.start(only=PARTS)
+        self.journal.install()
+
+    def __enter__(self) -> World:
+        try:
+            self.start()
+        except BaseException:
+            self.stack.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.stop()
+
+    @property
+    def env(self) -> Mapping[str, str]:
+        return self.stack.env
+
+    def client(self, **options: Any) -> Client:
+        return Client(self.env["TIDEGATE_URL"], self.env["TIDEGATE_API_KEY"], **options)
+
+    @contextlib.contextmanager
+    def altered(
+        self,
+        *names: str,
+        env: Mapping[str, str] | None = None,
+        command: Callable[[Sequence[str | Path]], Sequence[str | Path]] = lambda same: same,
+    ) -> Iterator[None]:
+        """Processes run with other variables, or as another command, meanwhile."""
+        before = {name: self.stack.processes[name] for name in names}
+        for name, process in before.items():
+            self.stack.processes[name] = replace(
+                process, env={**process.env, **(env or {})}, command=command(process.command)
+            )
+        self._again(names)
+        try:
+            yield
+        finally:
+            self.stack.processes.update(before)
+            self._again(names)
+
+    @contextlib.contextmanager
+    def another(self, name: str, like: str = "worker", **changes: Any) -> Iterator[None]:
+        """One more process meanwhile."""
+        self.stack.add(replace(self.stack.processes[like], name=name, **changes))
+        self.stack.start(only=(name,))
+        try:
+            yield
+        finally:
+            self.stack.stop(name)
+            del self.stack.processes[name]
+
+    def _again(self, names: Iterable[str]) -> None:
+        running = [name for name in names if self.stack.alive(name)]
+        if running:
+            self.stack.stop(*running)
+        self.stack.start(only=names)
+
+    def revive(self) -> list[str]:
+        """Start what does not run. Which that was."""
+        dead = [
+            name
+            for name, process in self.stack.processes.items()
+            if not process.once and name != "flower" and not self.stack.alive(name)
+        ]
+        if dead:
+            self.stack.start(only=dead)
+        return dead
+
+    def redis(self) -> redis.Redis:
+        return redis.Redis.from_url(self.env["TIDEGATE_REDIS_URL"], socket_timeout=5)
+
+    def each(self, things: Iterable[Any], what: str, total: int | None = None) -> Iterator[Any]:
+        """Go through things with a progress bar."""
+        return iter(tqdm(things, desc=what, total=total, disable=self.quiet, leave=False, ncols=80))
+
+
+def watched(process: Process, *arguments: str) -> Process:
+    """A worker process as `crashing` runs it."""
+    words = list(process.command)
+    at = words.index("-A")
+    words[at + 1] = WORKER[2]
+    return replace(process, command=[*words, *arguments])
+
+
+class Run:
+    """What one scenario does: its load, its faults, and in the end the verdict."""
+
+    def __init__(self, world: World, *, scale: float = 1.0, patience: float = 120.0):
+        self.world = world
+        self.stack = world.stack
+        self.rng = random.Random(world.seed)
+        self.scale = scale
+        self.client = world.client(patience=patience)
+        self.idempotent = True
+        self.kills: list[Kill] = []
+        self.problems: list[str] = []
+        self.since = world.journal.last()
+        self._threads: list[threading.Thread] = []
+        self._value = 0
+
+    # Load
+
+    def items(self, count: int, **options: Any) -> dict[str, Item]:
+        """Lines whose answers are known, and differ."""
+        made = {}
+        for _ in range(count):
+            self._value += 1
+            made[f"line-{self._value}"] = Item(self._value * 7 + 1, **options)
+        return made
+
+    def batch(self, count: int, *, delay_ms: int = 0, window: str = "1h") -> UUID:
+        return self.client.batch(self.items(count), delay_ms=delay_ms, window=window)
+
+    def job(self, due: Due = Due.ANSWER, **options: Any) -> UUID:
+        (item,) = self.items(1, due=due).values()
+        return self.client.job(item, **options)
+
+    def trickle(self, count: int, rate: float, *, threads: int = 2, delay_ms: int = 0) -> None:
+        """Submit single jobs in the background, so many a second."""
+        share = count // threads
+
+        def submit(items: Sequence[Item]) -> None:
+            for item in items:
+                began = time.monotonic()
+                parameters = {"delay_ms": delay_ms} if delay_ms else {}
+                self.client.job(item, **parameters)
+                time.sleep(max(0.0, threads / rate - (time.monotonic() - began)))
+
+        for _ in range(threads):
+            items = list(self.items(share).values())
+            self.behind(lambda items=items: submit(items))
+
+    def behind(self, run: Callable[[], Any]) -> None:
+        """Do something in the background; `finish` waits for it, and tells what failed."""
+
+        def guarded() -> None:
+            try:
+                run()
+            except Refused as error:
+                self.problems.append(f"a client gave up: {error}")
+            except Exception as error:
+                self.problems.append(f"a client failed: {error!r}")
+
+        thread = threading.Thread(target=guarded, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    # Progress
+
+    @property
+    def committed(self) -> int:
+        """Items committed so far."""
+        return self.world.journal.committed(self.since)
+
+    def until(self, condition: Callable[[], Any], within: float, what: str) -> bool:
+        """Wait for something; that it did not come is a problem."""
+        until = time.monotonic() + within
+        while not condition():
+            if time.monotonic() > until:
+                self.problems.append(f"not within {within:g} s: {what}")
+                return False
+            time.sleep(0.05)
+        return True
+
+    def going(self, more: int = 1, within: float = 60.0) -> bool:
+        """Wait until so many more items are committed."""
+        target = self.committed + more
+        return self.until(lambda: self.committed >= target, within, f"{more} more items")
+
+    def unended(self) -> int:
+        return self.world.journal.unended([job.job for job in self.client.accepted])
+
+    @property
+    def submitting(self) -> bool:
+        return any(thread.is_alive() for thread in self._threads)
+
+    # Faults
+
+    def kill(self, name: str) -> None:
+        """SIGKILL, and note when."""
+        if self.stack.alive(name):
+            self.kills.append(Kill(time.time(), name))
+            self.stack.kill(name)
+
+    def crash(self, name: str) -> None:
+        """SIGKILL and start again."""
+        self.kill(name)
+        self.stack.start(only=(name,))
+
+    def storm(self, parts: Sequence[str], kills: int, every: float) -> None:
+        """Crash random parts as long as there is work."""
+        for _ in self.world.each(range(kills), f"killing {'/'.join(parts)}"):
+            next_at = time.monotonic() + every * self.rng.uniform(0.6, 1.4)
+            self.crash(self.rng.choice(parts))
+            time.sleep(max(0.0, next_at - time.monotonic()))
+            if not self.submitting and not self.unended():
+                return
+
+    @contextlib.contextmanager
+    def frozen(self, name: str) -> Iterator[None]:
+        """SIGSTOP a process and its children, then SIGCONT."""
+        top = psutil.Process(self.stack.pid(name))
+        family = [top, *top.children(recursive=True)]
+        for process in family:
+            process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGCONT)
+
+    @contextlib.contextmanager
+    def dying(self, name: str, point: str, passage: int, deaths: int) -> Iterator[Path]:
+        """A process kills itself at a point of `crashing`. Gives the file of its deaths."""
+        folder = self.stack.var / "chaos" / secrets.token_hex(4)
+        folder.mkdir(parents=True)
+        notes = folder / "deaths"
+        env = {
+            "CHAOS_POINT": point,
+            "CHAOS_PASSAGE": str(passage),
+            "CHAOS_DEATHS": str(deaths),
+            "CHAOS_FOLDER": str(folder),
+        }
+        with self.world.altered(name, env=env, command=TWINS[name]):
+            yield notes
+            noted = notes.read_text().split() if notes.exists() else []
+            self.kills += [Kill(float(at), name) for at in noted]
+
+    # The end
+
+    def finish(self, within: float = 240.0) -> Verdict:
+        """Let everything come to its end, and judge."""
+        for thread in self._threads:
+            while thread.is_alive():
+                thread.join(0.5)
+                self.world.revive()
+        until = time.monotonic() + within
+        with tqdm(
+            desc="ending", total=self.unended(), disable=self.world.quiet, leave=False, ncols=80
+        ) as bar:
+            while left := self.unended():
+                bar.update((bar.total or 0) - left - bar.n)
+                self.world.revive()
+                if time.monotonic() > until:
+                    self.problems.append(f"{left} jobs have not ended within {within:g} s")
+                    break
+                time.sleep(0.2)
+        self.world.revive()
+        answers = self.client.answers()
+        accepted = self.client.accepted
+        settled = time.monotonic() + SETTLE
+        while True:
+            rest = self.world.journal.rest(
+                [job.job for job in accepted], [job.key for job in accepted], self.world.objects
+            )
+            if not (rest.outbox or rest.hints or rest.unacked) or time.monotonic() > settled:
+                break
+            time.sleep(0.3)
+        if errors := self.client.statuses[500]:
+            self.problems.append(f"the gateway answered 500 {errors} times")
+        self.problems += self.client.broken
+        verdict = judge(
+            Evidence(
+                accepted=accepted,
+                answers=answers,
+                journal=self.world.journal.entries(self.since),
+                rest=rest,
+                kills=self.kills,
+                idempotent=self.idempotent,
+            )
+        )
+        return replace(verdict, problems=(*self.problems, *verdict.problems))
+
+
+def _gateway(words: Sequence[str | Path]) -> Sequence[str | Path]:
+    return [*words[:-1], "tests.chaos.crashing:gateway()"]
+
+
+def _sweeper(words: Sequence[str | Path]) -> Sequence[str | Path]:
+    return [*words[:-1], "tests.chaos.crashing"]
+
+
+TWINS: Mapping[str, Callable[[Sequence[str | Path]], Sequence[str | Path]]] = {
+    "gateway": _gateway,
+    "sweeper": _sweeper,
+    "worker": lambda same: same,
+}
+"""How each part is started as `crashing` has it. Workers always are."""
