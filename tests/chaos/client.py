@@ -58,8 +58,8 @@ class Client:
         self._accepted: dict[UUID, Accepted] = {}
         self.statuses: Counter[int] = Counter()
         """How often each status came; 0 where no answer did."""
-        self.accepts: list[tuple[float, float]] = []
-        """When each submit was answered with 2xx, and the seconds that took."""
+        self.submits: list[tuple[int, float]] = []
+        """Of each try to submit a job: the status, and the seconds to it."""
         self.broken: list[str] = []
         """Promises broken on the spot: one key, two jobs."""
 
@@ -81,6 +81,7 @@ class Client:
         self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] = {}
     ) -> Reply:
         """One try. Status 0: no answer came."""
+        began = time.monotonic()
         try:
             reply = self._pool.request(
                 method, self._url + path, body=body, headers=self._headers | dict(headers)
@@ -90,6 +91,8 @@ class Client:
             found = Reply(0, {}, repr(error).encode())
         with self._lock:
             self.statuses[found.status] += 1
+            if (method, path) == ("POST", "/v1/jobs"):
+                self.submits.append((found.status, time.monotonic() - began))
         return found
 
     def request(
@@ -98,11 +101,8 @@ class Client:
         """Try until there is an answer that means something."""
         until = time.monotonic() + self._patience
         while True:
-            began = time.monotonic()
             reply = self.once(method, path, body, headers)
             if reply.status and reply.status not in BUSY:
-                if method == "POST" and 200 <= reply.status < 300:
-                    self.accepts.append((time.time(), time.monotonic() - began))
                 return reply
             if time.monotonic() > until:
                 raise Refused(f"{method} {path}: {reply.status} {reply.body[:300]!r}")

@@ -59,6 +59,8 @@ class World:
         self.stack.processes["worker"] = watched(self.stack.processes["worker"])
         self.journal = Journal(self.stack.env)
         self.objects = self.stack.var / "objects"
+        self.wanted = {*STORES, *PRODUCT}
+        """What should run: `revive` sees to it."""
 
     def start(self) -> None:
         self.stack.start(only=PARTS)
@@ -107,11 +109,24 @@ class World:
         """One more process meanwhile."""
         self.stack.add(replace(self.stack.processes[like], name=name, **changes))
         self.stack.start(only=(name,))
+        self.wanted.add(name)
         try:
             yield
         finally:
+            self.wanted.remove(name)
             self.stack.stop(name)
             del self.stack.processes[name]
+
+    @contextlib.contextmanager
+    def without(self, *names: str) -> Iterator[None]:
+        """Parts are away meanwhile, stopped in order."""
+        self.wanted -= set(names)
+        self.stack.stop(*names)
+        try:
+            yield
+        finally:
+            self.wanted |= set(names)
+            self.stack.start(only=names)
 
     def _again(self, names: Iterable[str]) -> None:
         running = [name for name in names if self.stack.alive(name)]
@@ -121,11 +136,7 @@ class World:
 
     def revive(self) -> list[str]:
         """Start what does not run. Which that was."""
-        dead = [
-            name
-            for name, process in self.stack.processes.items()
-            if not process.once and name != "flower" and not self.stack.alive(name)
-        ]
+        dead = [name for name in self.wanted if not self.stack.alive(name)]
         if dead:
             self.stack.start(only=dead)
         return dead
@@ -149,18 +160,25 @@ def watched(process: Process, *arguments: str) -> Process:
 class Run:
     """What one scenario does: its load, its faults, and in the end the verdict."""
 
-    def __init__(self, world: World, *, scale: float = 1.0, patience: float = 120.0):
+    def __init__(self, world: World, *, long: bool = False, patience: float = 120.0):
         self.world = world
         self.stack = world.stack
         self.rng = random.Random(world.seed)
-        self.scale = scale
+        self.long = long
         self.client = world.client(patience=patience)
         self.idempotent = True
         self.kills: list[Kill] = []
         self.problems: list[str] = []
+        self.verdict: Verdict | None = None
+        """Where a scenario had to have it before its world is put right again."""
+        self.pids = {name: self.stack.pid(name) for name in PRODUCT}
         self.since = world.journal.last()
         self._threads: list[threading.Thread] = []
         self._value = 0
+
+    def pick(self, short: int, long: int) -> int:
+        """How much, by profile."""
+        return long if self.long else short
 
     # Load
 
@@ -293,8 +311,9 @@ class Run:
 
     # The end
 
-    def finish(self, within: float = 240.0) -> Verdict:
-        """Let everything come to its end, and judge."""
+    def drain(self, within: float = 300.0) -> None:
+        """Wait until everything submitted has ended, for what the scenario changed is put back
+        then; who dies is started again."""
         for thread in self._threads:
             while thread.is_alive():
                 thread.join(0.5)
@@ -308,9 +327,13 @@ class Run:
                 self.world.revive()
                 if time.monotonic() > until:
                     self.problems.append(f"{left} jobs have not ended within {within:g} s")
-                    break
-                time.sleep(0.2)
+                    return
+                time.sleep(0.1)
         self.world.revive()
+
+    def finish(self, within: float = 300.0) -> Verdict:
+        """Let everything come to its end, and judge."""
+        self.drain(within)
         answers = self.client.answers()
         accepted = self.client.accepted
         settled = time.monotonic() + SETTLE

@@ -1,0 +1,642 @@
+"""The faults of `reliability.md` section 3 that one machine can run: a table of small functions.
+
+Each puts load on and hurts something; `Run.finish` then lets everything end, and the oracle judges.
+What a scenario expects beyond the oracle's zeroes, it says by `expect`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+from tests.chaos import broker, crashing, network
+from tests.chaos.client import Refused, ask
+from tests.chaos.oracle import Due, Item, Verdict
+from tests.chaos.world import LEASE, PRODUCT, Run
+
+FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
+ANY = ("worker", "gateway", "redis", "postgres", "triton")
+
+
+class Skip(Exception):
+    """Not on this machine; the message says why."""
+
+
+Expect = Callable[[Run, Verdict], Iterator[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """`fault`: its number in `reliability.md`. `expect` tells problems the oracle doesn't know."""
+
+    fault: str
+    name: str
+    play: Callable[[Run], None]
+    expect: Sequence[Expect] = ()
+    short: bool = False
+    """Part of `make test`."""
+
+
+SCENARIOS: list[Scenario] = []
+
+
+def scenario(
+    fault: str, name: str, *expect: Expect, short: bool = False
+) -> Callable[[Callable[[Run], None]], Callable[[Run], None]]:
+    def add(play: Callable[[Run], None]) -> Callable[[Run], None]:
+        SCENARIOS.append(Scenario(fault, name, play, expect, short))
+        return play
+
+    return add
+
+
+# What may be expected
+
+
+def resumes(seconds: float) -> Expect:
+    """After each kill, where work is left, the next commit comes so soon."""
+
+    def check(run: Run, verdict: Verdict) -> Iterator[str]:
+        # The short profile runs beside other tests: its clock is not to be trusted.
+        longest = verdict.recovered(1)
+        if run.long and longest is not None and longest > seconds:
+            yield f"it took {longest:.1f} s to resume, not {seconds:g}"
+
+    return check
+
+
+def once(_: Run, verdict: Verdict) -> Iterator[str]:
+    """Nothing is run a second time."""
+    if verdict.again:
+        yield f"{verdict.again} items were run more than once"
+
+
+def refuses(_: Run, verdict: Verdict) -> Iterator[str]:
+    """Stale attempts came back, and the ledger refused them."""
+    if not verdict.refused:
+        yield "no stale commit was refused: was there none?"
+
+
+def kills(_: Run, verdict: Verdict) -> Iterator[str]:
+    """Somebody died, or nothing was tested."""
+    if not verdict.kills:
+        yield "nobody died"
+
+
+def survives(*names: str) -> Expect:
+    """These are the processes that they were."""
+
+    def check(run: Run, _: Verdict) -> Iterator[str]:
+        for name in names:
+            if run.pids[name] != run.stack.pid(name):
+                yield f"{name} died"
+
+    return check
+
+
+def no_5xx(run: Run, _: Verdict) -> Iterator[str]:
+    found = {status: n for status, n in run.client.statuses.items() if status >= 500}
+    if found:
+        yield f"clients saw {found}"
+
+
+# F1: processes killed
+
+
+@scenario("F1", "any part killed, one batch", kills, resumes(10), short=True)
+def any_part(run: Run) -> None:
+    """Worker, gateway, Redis, Postgres or Triton, every 5 s, while a batch runs."""
+    run.batch(run.pick(2000, 20_000), delay_ms=run.pick(300, 400))
+    run.trickle(run.pick(60, 800), rate=run.pick(5, 8))
+    run.going(16)
+    run.storm(ANY, kills=run.pick(6, 60), every=run.pick(3, 5))
+
+
+@scenario("F1", "200 kills of random workers", kills, resumes(LEASE + 7))
+def workers_killed(run: Run) -> None:
+    """Two workers side by side, batches and single jobs."""
+    total = run.pick(4000, 100_000)
+    with run.world.another("worker-1"):
+        for _ in range(9):
+            run.behind(lambda: run.batch(total // 10, delay_ms=300))
+        run.trickle(total // 10, rate=run.pick(20, 30), threads=4)
+        run.going(16)
+        run.storm(("worker", "worker-1"), kills=run.pick(10, 200), every=2)
+        run.verdict = run.finish(within=600)
+
+
+# F2: processes that die at one point
+
+
+def _dies_at(run: Run, point: crashing.Point) -> None:
+    """A process kills itself there, comes back, and does so again."""
+    deaths = run.pick(2, 5)
+    with run.dying(point.process, point.name, run.rng.randint(1, 2), deaths) as notes:
+        until = time.monotonic() + run.pick(40, 60)
+        while _count(notes) < deaths and time.monotonic() < until:
+            if not run.unended():
+                # Each batch goes by all points.
+                run.batch(96, delay_ms=50)
+                for _ in range(4):
+                    run.job()
+            time.sleep(0.1)
+            run.world.revive()
+        run.drain()
+
+
+def _count(notes: Path) -> int:
+    return len(notes.read_text().split()) if notes.exists() else 0
+
+
+SHORT_POINTS = ("claimed, not run", "stored, not committed", "committed, not acknowledged")
+SCENARIOS += [
+    Scenario(
+        "F2",
+        f"{point.process} dies: {point.name}",
+        functools.partial(_dies_at, point=point),
+        (kills,),
+        short=point.name in SHORT_POINTS,
+    )
+    for point in crashing.POINTS
+    if point.process != "gateway"
+]
+
+
+# F3: gateways that die with a job in their hands
+
+
+def _gateway_dies(run: Run, point: str) -> None:
+    """Clients send again under the key they had: it is the same job."""
+    deaths = run.pick(3, 15)
+    with run.dying("gateway", point, run.rng.randint(8, 12), deaths) as notes:
+        run.trickle(run.pick(100, 600), rate=60, threads=8)
+        while run.submitting:
+            run.world.revive()
+            time.sleep(0.05)
+        if not _count(notes):
+            run.problems.append("the gateway never died")
+        run.drain()
+
+
+SCENARIOS += [
+    Scenario(
+        "F3",
+        f"gateway dies: {point.name}",
+        functools.partial(_gateway_dies, point=point.name),
+        (kills,),
+    )
+    for point in crashing.POINTS
+    if point.process == "gateway"
+]
+
+
+# F4: Redis
+
+
+@scenario("F4", "FLUSHALL under load", survives(*PRODUCT), short=True)
+def flushed(run: Run) -> None:
+    """Everything Redis knows is gone, again and again."""
+    run.batch(run.pick(1200, 6000), delay_ms=250)
+    run.trickle(run.pick(60, 300), rate=20)
+    run.going(16)
+    for _ in range(run.pick(4, 15)):
+        with run.world.redis() as client:
+            client.flushall()
+        time.sleep(run.rng.uniform(0.2, 1.2))
+
+
+@scenario("F4", "Redis killed", kills, survives(*PRODUCT), resumes(10))
+def redis_killed(run: Run) -> None:
+    run.batch(run.pick(800, 5000), delay_ms=250)
+    run.going(16)
+    run.storm(("redis",), kills=run.pick(3, 12), every=2)
+
+
+@scenario("F4", "Redis 10 s away", survives(*PRODUCT))
+def redis_away(run: Run) -> None:
+    """Jobs are accepted meanwhile, and soon."""
+    run.batch(2000, delay_ms=250)
+    run.going(16)
+    with run.world.without("redis"):
+        run.trickle(100, rate=12)
+        time.sleep(10)
+        took = sorted(took for _, took in run.client.submits)
+        refused = sum(status != 202 for status, _ in run.client.submits)
+        if refused:
+            run.problems.append(f"{refused} submits were refused while Redis was away")
+        if took and took[int(0.99 * (len(took) - 1))] > 1.0:
+            run.problems.append(f"accepting took {took[int(0.99 * (len(took) - 1))]:.2f} s (p99)")
+    run.going(16, within=10)
+
+
+@scenario("F4", "Redis pauses", survives(*PRODUCT))
+def redis_paused(run: Run) -> None:
+    run.batch(2000, delay_ms=250)
+    run.trickle(100, rate=10)
+    for _ in range(3):
+        run.going(16)
+        with run.world.redis() as client:
+            client.execute_command("CLIENT", "PAUSE", "4000")
+        time.sleep(5)
+
+
+@scenario("F4", "Redis full", survives(*PRODUCT))
+def redis_full(run: Run) -> None:
+    run.batch(2000, delay_ms=250)
+    run.trickle(150, rate=12)
+    run.going(16)
+    with run.world.redis() as client:
+        client.config_set("maxmemory", "1")
+        time.sleep(8)
+        client.config_set("maxmemory", "512mb")
+    run.going(16, within=15)
+
+
+# F5, F10: networks
+
+
+@contextlib.contextmanager
+def _apart(run: Run) -> Iterator[network.Namespace]:
+    """The worker runs in a network namespace of its own."""
+    try:
+        with network.namespace(run.world.env) as inside:
+            command = _prefixed(inside.prefix)
+            with run.world.altered("worker", env=inside.env, command=command):
+                yield inside
+    except network.Impossible as error:
+        raise Skip(str(error)) from error
+
+
+def _prefixed(prefix: Sequence[str]) -> Callable[[Sequence[str | Path]], Sequence[str | Path]]:
+    return lambda words: [*prefix, *words]
+
+
+def _cut_off(run: Run, services: Sequence[str]) -> None:
+    with _apart(run) as inside:
+        run.batch(1200, delay_ms=250)
+        run.going(32)
+        with inside.cut(*services):
+            # What was on its way has arrived, or never will; then one lease more.
+            time.sleep(LEASE + 1)
+            before = run.committed
+            time.sleep(8)
+            if "postgres" in services and run.committed > before:
+                run.problems.append("a worker that is cut off committed")
+        run.going(16, within=30)
+        run.drain()
+
+
+SCENARIOS += [
+    Scenario(
+        "F10" if len(services) > 1 else "F5",
+        f"worker cut off from {', '.join(services)}",
+        functools.partial(_cut_off, services=services),
+    )
+    for services in (*((name,) for name in network.SERVICES), network.SERVICES)
+]
+
+
+# F6: Postgres
+
+
+@scenario("F6", "Postgres killed", kills, survives(*PRODUCT), resumes(10))
+def postgres_killed(run: Run) -> None:
+    run.batch(run.pick(800, 5000), delay_ms=250)
+    run.trickle(run.pick(50, 300), rate=10)
+    run.going(16)
+    run.storm(("postgres",), kills=run.pick(4, 20), every=2)
+
+
+@scenario("F6", "connections cut while committing", survives(*PRODUCT))
+def backends_terminated(run: Run) -> None:
+    """Whether the commit before the cut counts, nobody was told."""
+    run.batch(run.pick(1000, 4000), delay_ms=50)
+    run.trickle(run.pick(100, 400), rate=30)
+    until = time.monotonic() + 60
+    while (run.unended() or run.submitting) and time.monotonic() < until:
+        run.world.journal.sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+            " AND application_name = 'tidegate' AND random() < 0.5"
+        )
+        time.sleep(run.rng.uniform(0.1, 0.5))
+
+
+# F7: Triton
+
+
+@scenario("F7", "Triton killed", kills, survives(*PRODUCT))
+def triton_killed(run: Run) -> None:
+    run.batch(run.pick(800, 4000), delay_ms=300)
+    run.going(16)
+    run.storm(("triton",), kills=run.pick(3, 8), every=3)
+
+
+@scenario("F7", "Triton stopped for 10 s", survives(*PRODUCT))
+def triton_frozen(run: Run) -> None:
+    run.batch(1500, delay_ms=200)
+    run.going(16)
+    with run.frozen("triton"):
+        time.sleep(10)
+    run.going(16, within=30)
+
+
+@scenario("F7", "a model 20 times slower", once, survives(*PRODUCT))
+def triton_slow(run: Run) -> None:
+    """Slower than a lease is long: it is renewed."""
+    run.batch(320, delay_ms=100)
+    run.batch(64, delay_ms=int((LEASE + 2) * 1000))
+
+
+# F8: the object store
+
+
+@scenario("F8", "30 % of writes to the store fail", survives("gateway", "sweeper"))
+def flaky_store(run: Run) -> None:
+    """Half of those after they succeeded."""
+    with run.world.altered("worker", env={"CHAOS_STORE": "0.3"}):
+        run.batch(run.pick(300, 1500), delay_ms=20)
+        run.drain()
+
+
+# F9: clocks
+
+
+@contextlib.contextmanager
+def _clock(run: Run, offset: str) -> Iterator[Path]:
+    """A second worker whose clock is wrong. Gives the file that says by how much."""
+    if not FAKETIME.exists():
+        raise Skip(f"{FAKETIME} is not there: apt-get install faketime")
+    file = run.stack.var / "chaos-clock"
+    file.write_text(f"{offset}\n")
+    env = {
+        **run.stack.processes["worker"].env,
+        "LD_PRELOAD": str(FAKETIME),
+        "FAKETIME_TIMESTAMP_FILE": str(file),
+        "FAKETIME_NO_CACHE": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+    }
+    with run.world.another("skewed", env=env):
+        yield file
+
+
+def _skewed(run: Run, offset: str) -> None:
+    with _clock(run, offset):
+        run.batch(640, delay_ms=250)
+        run.trickle(60, rate=15)
+        run.drain()
+
+
+SCENARIOS += [
+    Scenario(
+        "F9",
+        f"a worker's clock {offset} s",
+        functools.partial(_skewed, offset=offset),
+        (once, survives(*PRODUCT)),
+    )
+    for offset in ("+60", "-60", "+3600", "-3600")
+]
+
+
+@scenario("F9", "a worker's clock steps back mid-lease", once, survives(*PRODUCT))
+def clock_steps(run: Run) -> None:
+    with _clock(run, "+0") as file:
+        run.batch(640, delay_ms=250)
+        for offset in ("-90", "+0", "-3600", "+600"):
+            run.going(16)
+            file.write_text(f"{offset}\n")
+            time.sleep(1)
+        run.drain()
+
+
+# F11: a worker that was away without knowing
+
+
+@scenario("F11", "a worker stopped for 3 leases", refuses, short=True)
+def worker_frozen(run: Run) -> None:
+    """Another one takes over; what the first wakes up with is stale."""
+    with run.world.another("worker-1"):
+        run.batch(run.pick(600, 3000), delay_ms=300)
+        for _ in range(run.pick(1, 4)):
+            run.going(32)
+            with run.frozen("worker"):
+                time.sleep(3 * LEASE)
+            time.sleep(1)
+        run.drain()
+
+
+# F12: no room
+
+
+@scenario("F12", "the object store's disk is full", survives(*PRODUCT))
+def disk_full(run: Run) -> None:
+    """What cannot be stored is not accepted, and what was accepted waits for room."""
+    folder = run.stack.var / "small"
+    folder.mkdir(exist_ok=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        raise Skip(f"a small file system: {mounted.stderr.strip()}")
+    objects, run.world.objects = run.world.objects, folder
+    try:
+        with run.world.altered(*PRODUCT, env={"TIDEGATE_OBJECTS_URL": folder.as_uri()}):
+            run.pids = {name: run.stack.pid(name) for name in PRODUCT}
+            run.batch(800, delay_ms=300)
+            run.going(16)
+            ballast = folder / "ballast"
+            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+            status = run.client.once("POST", "/v1/files", *_upload()).status
+            if status != 503:
+                run.problems.append(f"a file that cannot be stored was answered with {status}")
+            time.sleep(5)
+            ballast.unlink()
+            run.going(16, within=40)
+            run.verdict = run.finish()
+            run.problems += [
+                problem for expect in (survives(*PRODUCT),) for problem in expect(run, run.verdict)
+            ]
+    finally:
+        run.world.objects = objects
+        run.pids = {name: run.stack.pid(name) for name in PRODUCT}
+        subprocess.run(["umount", "-l", folder], check=False)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _upload() -> tuple[bytes, dict[str, str]]:
+    import urllib3
+
+    fields = {"purpose": "batch", "file": ("in.jsonl", b"x" * 100_000)}
+    body, kind = urllib3.encode_multipart_formdata(fields)
+    return body, {"Content-Type": kind}
+
+
+# F13: poison
+
+
+def _poison(run: Run, value: int, lines: int, singles: int) -> None:
+    """One item in a hundred hurts who runs it: it is put aside after 3 attempts of its own."""
+    settings = {"TIDEGATE_MAX_ATTEMPTS": "3", "TIDEGATE_ATTEMPT_TIMEOUT": str(2 * LEASE)}
+    poison = Item(value, Due.ERROR)
+    with run.world.altered(*PRODUCT, env=settings):
+        items = run.items(lines)
+        for name in run.rng.sample(sorted(items), max(1, lines // 100)):
+            items[name] = poison
+        run.client.batch(items)
+        bad = [run.client.job(poison) for _ in range(max(1, singles // 100))]
+        for _ in range(singles):
+            run.job()
+        run.drain(within=run.pick(120, 400))
+        for job in bad:
+            view = run.client.request("GET", f"/v1/jobs/{job}").json()
+            if view["attempts"] != 3:
+                run.problems.append(f"poison was tried {view['attempts']} times, not 3")
+
+
+@scenario("F13", "poison that kills its worker, 1 %", short=True)
+def poison_kills(run: Run) -> None:
+    _poison(run, crashing.KILLS, run.pick(64, 400), run.pick(30, 100))
+
+
+@scenario("F13", "poison that hangs its worker, 1 %")
+def poison_hangs(run: Run) -> None:
+    _poison(run, crashing.HANGS, run.pick(64, 200), run.pick(30, 100))
+
+
+# F14: too much
+
+
+@scenario("F14", "more submitted than is done", survives(*PRODUCT))
+def overload(run: Run) -> None:
+    """Sixteen clients submit as fast as they can, each job slower than that; the queue in the
+    broker stays small, and realtime is answered."""
+    waits: list[int] = []
+    run.trickle(run.pick(500, 4000), rate=10_000, threads=16, delay_ms=20)
+    run.batch(1000, delay_ms=50)
+    until = time.monotonic() + run.pick(5, 20)
+    longest = 0
+    while time.monotonic() < until and run.submitting:
+        longest = max(longest, run.world.journal.broker()[0])
+        reply = run.client.once(
+            "POST", "/v2/models/identity/infer", json.dumps(ask(1)).encode(), {"X-Chaos": "1"}
+        )
+        waits.append(reply.status)
+        time.sleep(0.1)
+    if longest > 200:
+        run.problems.append(f"{longest} messages waited in the broker")
+    if waits and waits.count(200) < 0.9 * len(waits):
+        run.problems.append(f"realtime was answered {waits.count(200)} times of {len(waits)}")
+
+
+# F15: messages
+
+
+@scenario(
+    "F15", "messages repeated, reordered, stale, unknown, forged", survives(*PRODUCT), short=True
+)
+def messages(run: Run) -> None:
+    """A message is only a hint: nothing happens that the ledger does not want."""
+    run.batch(run.pick(400, 3000), delay_ms=200)
+    run.trickle(run.pick(40, 200), rate=20)
+    publisher = broker.Publisher(run.world.env)
+    until = time.monotonic() + run.pick(5, 25)
+    while time.monotonic() < until and (run.unended() or run.submitting):
+        chunks = [row[0] for row in run.world.journal.sql("SELECT id FROM chunks")]
+        publisher.repeat(chunks, run.rng)
+        publisher.forge(run.rng)
+        time.sleep(0.3)
+    publisher.close()
+
+
+# F16: one key
+
+
+@scenario("F16", "200 requests with one idempotency key, gateway killed", short=False)
+def one_key(run: Run) -> None:
+    """They are one job. The same key with another body is refused."""
+    key = f"one-{run.rng.random()}"
+    item = Item(4711)
+    found: list[UUID] = []
+    for _ in range(16):
+        run.behind(lambda: found.extend(run.client.job(item, key=key) for _ in range(12)))
+    time.sleep(0.2)
+    run.crash("gateway")
+    while run.submitting:
+        time.sleep(0.1)
+    if len(set(found)) != 1:
+        run.problems.append(f"one key made {len(set(found))} jobs")
+    try:
+        run.client.job(Item(4712), key=key)
+        run.problems.append("the key was taken for another body")
+    except Refused as refused:
+        if " 422 " not in str(refused):
+            run.problems.append(f"the key with another body: {refused}")
+
+
+# F17: restarts in order
+
+
+@scenario("F17", "rolling restarts", once, no_5xx)
+def rolling(run: Run) -> None:
+    """Who is asked to stop ends what it has; nothing is run twice."""
+    run.trickle(run.pick(150, 900), rate=15, threads=4)
+    run.batch(run.pick(600, 4000), delay_ms=200)
+    with run.world.another("worker-1"):
+        for _ in range(run.pick(1, 5)):
+            for name in ("worker", "gateway", "sweeper", "worker-1"):
+                run.stack.stop(name)
+                run.stack.start(only=(name,))
+        run.drain()
+
+
+# F18: called off, or late
+
+
+@scenario("F18", "cancelled and late in every state")
+def called_off(run: Run) -> None:
+    """At any moment, the commit's included: one end, and no result after the cancel."""
+    with run.world.without("worker"):
+        queued = [run.job(Due.EITHER) for _ in range(10)]
+        waiting = [run.client.batch(run.items(32, due=Due.EITHER)) for _ in range(2)]
+        for job in queued[:5]:
+            run.client.cancel(job)
+        run.client.cancel(waiting[0], batch=True)
+    count = run.pick(60, 300)
+
+    def race(number: int) -> None:
+        delay = run.rng.choice((0, 0, 20, 200))
+        job = run.job(Due.EITHER, delay_ms=delay)
+        time.sleep(run.rng.uniform(0, 0.15))
+        run.client.cancel(job)
+
+    def many() -> None:
+        for number in range(count // 4):
+            race(number)
+
+    for _ in range(4):
+        run.behind(many)
+
+    def batches() -> None:
+        for moment in (0.0, 0.1, 0.3, 0.6, 1.0, 1.5, 2.0):
+            job = run.client.batch(run.items(160, due=Due.EITHER), delay_ms=150)
+            time.sleep(moment)
+            run.client.cancel(job, batch=True)
+
+    def late() -> None:
+        for _ in range(20):
+            run.job(Due.EITHER, within=run.rng.uniform(0.3, 1.5), delay_ms=run.rng.randint(0, 1500))
+        for window in ("1s", "2s"):
+            run.client.batch(run.items(320, due=Due.EITHER), window=window, delay_ms=200)
+
+    run.behind(batches)
+    run.behind(late)
+    run.batch(200, delay_ms=20)
