@@ -90,6 +90,13 @@ class Entry:
     output_key: str | None = None
     worker: str | None = None
 
+    def __str__(self) -> str:
+        moved = f"{self.before} -> {self.after}" if self.after else ""
+        tokens = f"token {self.token_before} -> {self.token}"
+        about = f"chunk {self.chunk} ({self.kind}, {self.items})" if self.chunk else ""
+        words = (self.what.value, str(self.job), about, moved, tokens, self.worker or "")
+        return f"{self.id:>7} {self.at:.3f} " + " ".join(word for word in words if word)
+
     @property
     def claim(self) -> bool:
         moved = self.token > self.token_before or self.before != "running"

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import re
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tests.chaos.oracle import Verdict
 from tests.chaos.scenarios import Scenario, Skip
 from tests.chaos.world import Run, World
-
-EXCERPT = 40
-"""Lines of the journal shown with a failure."""
 
 
 @dataclass(frozen=True, slots=True)
 class Played:
     scenario: Scenario
     seconds: float
+    since: int
+    """Where the journal of it begins."""
     verdict: Verdict | None = None
     skipped: str = ""
     error: str = ""
     """The scenario itself failed: a traceback."""
+
+    @property
+    def problems(self) -> Sequence[str]:
+        found = self.verdict.problems if self.verdict else ()
+        return (*found, self.error) if self.error else found
 
     @property
     def ok(self) -> bool:
@@ -38,22 +45,23 @@ def play(world: World, scenario: Scenario, *, long: bool) -> Played:
         more = [problem for expect in scenario.expect for problem in expect(run, verdict)]
         verdict = replace(verdict, problems=(*verdict.problems, *more))
     except Skip as skip:
-        return Played(scenario, time.monotonic() - began, skipped=str(skip))
+        return Played(scenario, time.monotonic() - began, run.since, skipped=str(skip))
     except Exception:
-        return Played(scenario, time.monotonic() - began, error=traceback.format_exc())
-    return Played(scenario, time.monotonic() - began, verdict)
+        return Played(scenario, time.monotonic() - began, run.since, error=traceback.format_exc())
+    return Played(scenario, time.monotonic() - began, run.since, verdict)
 
 
-def evidence(world: World, played: Played) -> str:
-    """What is needed to look into a failure."""
-    lines = [f"seed {world.seed}; logs in {world.stack.var / 'logs'}"]
-    if played.verdict:
-        lines += played.verdict.problems
-    if played.error:
-        lines.append(played.error)
+def evidence(world: World, played: Played) -> Path:
+    """A file with what is needed to look into a failure."""
+    name = re.sub(r"\W+", "-", f"{played.scenario.fault} {played.scenario.name}")
+    path = world.stack.var / "chaos" / f"{name}.txt"
+    path.parent.mkdir(exist_ok=True)
+    verdict = played.verdict
+    lines = [f"{played.scenario.fault} {played.scenario.name}: seed {world.seed}"]
+    lines += [f"logs: {world.stack.var / 'logs'}", *played.problems, ""]
     try:
-        newest = world.journal.last()
-        lines += [str(entry) for entry in world.journal.entries(newest - EXCERPT)]
+        lines += map(str, world.journal.entries(played.since))
     except Exception as error:
         lines.append(f"the journal cannot be read: {error!r}")
-    return "\n".join(lines)
+    path.write_text("\n".join([*lines, "", repr(verdict), ""]))
+    return path

@@ -248,7 +248,7 @@ def redis_paused(run: Run) -> None:
         time.sleep(5)
 
 
-@scenario("F4", "Redis full", survives(*PRODUCT))
+@scenario("F4", "Redis full", survives("gateway", "sweeper"))
 def redis_full(run: Run) -> None:
     run.batch(2000, delay_ms=250)
     run.trickle(150, rate=12)

@@ -241,6 +241,7 @@ class Run:
             if time.monotonic() > until:
                 self.problems.append(f"not within {within:g} s: {what}")
                 return False
+            self.world.revive()
             time.sleep(0.05)
         return True
 
