@@ -47,6 +47,10 @@ test-rabbitmq: install ## Run the end-to-end tests with RabbitMQ as broker
 	@exec env TIDEGATE_TEST_BROKER=rabbitmq $(PYTHON) -m pytest -n 3 --dist loadfile \
 		tests/e2e tests/integration/test_tasks.py --ignore tests/e2e/test_demo.py
 
+.PHONY: chaos
+chaos: install ## Kill everything under load for 25 minutes; writes docs/chaos.md
+	@exec $(PYTHON) -m tests.chaos --out docs/chaos.md $(ARGS)
+
 .PHONY: lint
 lint: install ## Look for mistakes and style
 	@$(PYTHON) -m ruff check $(CODE)

@@ -63,6 +63,9 @@ class Client:
         self.broken: list[str] = []
         """Promises broken on the spot: one key, two jobs."""
 
+    def close(self) -> None:
+        self._pool.clear()
+
     # What it was promised
 
     @property

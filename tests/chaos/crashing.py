@@ -77,12 +77,17 @@ MUTANTS = {"fence": "commits are not fenced by the token"}
 
 
 def wrap(place: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace what is at `module:Class.method` or `module:function` by what `wrapper` makes."""
+    """Replace what is at a place by what `wrapper` makes of it."""
+    owner, name, original = find(place)
+    setattr(owner, name, functools.wraps(original)(wrapper(original)))
+
+
+def find(place: str) -> tuple[Any, str, Callable[..., Any]]:
+    """Owner, name and value of what is at `module:Class.method` or `module:function`."""
     module, _, path = place.partition(":")
     *owners, name = path.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
-    original = getattr(owner, name)
-    setattr(owner, name, functools.wraps(original)(wrapper(original)))
+    return owner, name, getattr(owner, name)
 
 
 def die() -> None:

@@ -385,6 +385,10 @@ def _clock(run: Run, offset: str) -> Iterator[Path]:
     }
     with run.world.another("skewed", env=env):
         yield file
+        # It did its share: what it was told about its commits, it said under its process id.
+        said = f"pid {run.stack.pid('skewed')}"
+        if not any(entry.worker == said for entry in run.world.journal.entries(run.since)):
+            run.problems.append("the worker whose clock is wrong did nothing")
 
 
 def _skewed(run: Run, offset: str) -> None:

@@ -20,7 +20,7 @@ import redis
 from tqdm import tqdm
 
 from ops.embedded import Stack
-from ops.embedded.process import Process
+from ops.embedded.process import Process, StackError
 from tests.chaos.client import Client, Refused
 from tests.chaos.journal import Journal
 from tests.chaos.oracle import Due, Evidence, Item, Kill, Verdict, judge
@@ -40,6 +40,8 @@ SETTINGS = {
     "TIDEGATE_MAX_ATTEMPTS": "50",
 }
 WORKER = ("celery", "-A", "tests.chaos.crashing", "worker")
+TRIES = 5
+"""Starts of a process that dies at once."""
 SETTLE = 30.0
 """Seconds for the broker and the outbox to empty once every job has ended."""
 
@@ -108,7 +110,7 @@ class World:
     def another(self, name: str, like: str = "worker", **changes: Any) -> Iterator[None]:
         """One more process meanwhile."""
         self.stack.add(replace(self.stack.processes[like], name=name, **changes))
-        self.stack.start(only=(name,))
+        self.bring((name,))
         self.wanted.add(name)
         try:
             yield
@@ -126,19 +128,30 @@ class World:
             yield
         finally:
             self.wanted |= set(names)
-            self.stack.start(only=names)
+            self.bring(names)
 
     def _again(self, names: Iterable[str]) -> None:
         running = [name for name in names if self.stack.alive(name)]
         if running:
             self.stack.stop(*running)
-        self.stack.start(only=names)
+        self.bring(names)
+
+    def bring(self, names: Iterable[str]) -> None:
+        """Start processes; one that dies on the way, as some here are to, is started again."""
+        wanted = tuple(names)
+        for left in reversed(range(TRIES)):
+            try:
+                self.stack.start(only=wanted)
+                return
+            except StackError:
+                if not left:
+                    raise
 
     def revive(self) -> list[str]:
         """Start what does not run. Which that was."""
         dead = [name for name in self.wanted if not self.stack.alive(name)]
         if dead:
-            self.stack.start(only=dead)
+            self.bring(dead)
         return dead
 
     def redis(self) -> redis.Redis:
@@ -169,6 +182,7 @@ class Run:
         self.idempotent = True
         self.kills: list[Kill] = []
         self.problems: list[str] = []
+        world.revive()
         self.verdict: Verdict | None = None
         """Where a scenario had to have it before its world is put right again."""
         self.pids = {name: self.stack.pid(name) for name in PRODUCT}
@@ -268,7 +282,7 @@ class Run:
     def crash(self, name: str) -> None:
         """SIGKILL and start again."""
         self.kill(name)
-        self.stack.start(only=(name,))
+        self.world.bring((name,))
 
     def storm(self, parts: Sequence[str], kills: int, every: float) -> None:
         """Crash random parts as long as there is work."""
@@ -332,12 +346,12 @@ class Run:
                 time.sleep(0.1)
         self.world.revive()
 
-    def finish(self, within: float = 300.0) -> Verdict:
+    def finish(self, within: float = 300.0, settle: float = SETTLE) -> Verdict:
         """Let everything come to its end, and judge."""
         self.drain(within)
         answers = self.client.answers()
         accepted = self.client.accepted
-        settled = time.monotonic() + SETTLE
+        settled = time.monotonic() + settle
         while True:
             rest = self.world.journal.rest(
                 [job.job for job in accepted], [job.key for job in accepted], self.world.objects
@@ -345,6 +359,7 @@ class Run:
             if not (rest.outbox or rest.hints or rest.unacked) or time.monotonic() > settled:
                 break
             time.sleep(0.3)
+        self.client.close()
         if errors := self.client.statuses[500]:
             self.problems.append(f"the gateway answered 500 {errors} times")
         self.problems += self.client.broken
