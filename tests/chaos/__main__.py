@@ -126,7 +126,7 @@ def _play_all(
     """All scenarios on one world; a fresh one after a failure, which leaves the old as it is."""
     found: report.Report | None = None
     waiting = list(scenarios)
-    with tqdm(total=len(waiting), desc="scenarios", ncols=80, position=1) as bar:
+    with tqdm(total=len(waiting), desc="scenarios", ncols=80, position=1, disable=None) as bar:
         for number in range(len(scenarios)):
             if not waiting:
                 break
@@ -154,7 +154,7 @@ def _beside(folder: Path, seed: int, found: report.Report, *, short: bool) -> No
 
     def schedule() -> tqdm[float]:
         pauses = [EVERY * dice.uniform(0.6, 1.4) for _ in range(kills)]
-        return tqdm(pauses, desc="killing plain Celery", ncols=80, leave=False)
+        return tqdm(pauses, desc="killing plain Celery", ncols=80, leave=False, disable=None)
 
     for tally in baseline.tallies(folder / "baseline" / "var", seed, schedule, items):
         found.baseline.append(tally)

@@ -18,6 +18,8 @@ import urllib3
 from tests.chaos.oracle import Accepted, Answer, Item
 
 ENDPOINT = "/v2/models/identity/infer"
+CHUNK = 16
+"""Lines of a batch in one chunk."""
 THREADS = 16
 TIMEOUT = urllib3.Timeout(connect=2, read=20)
 PAUSE = 0.2
@@ -135,19 +137,20 @@ class Client:
         return self._promised(Accepted(UUID(made["id"]), key, {"0": item}))
 
     def batch(self, items: Mapping[str, Item], *, window: str = "1h", delay_ms: int = 0) -> UUID:
-        """Upload a file of lines and run it."""
+        """Upload a file of lines and run it. Of each `CHUNK` lines the first takes `delay_ms`."""
         key = secrets.token_hex(8)
-        delay = {"delay_ms": delay_ms} if delay_ms else {}
         lines = "\n".join(
             json.dumps(
                 {
                     "custom_id": name,
                     "method": "POST",
                     "url": ENDPOINT,
-                    "body": ask(item.value, **delay),
+                    "body": ask(
+                        item.value, **({"delay_ms": delay_ms} if not place % CHUNK else {})
+                    ),
                 }
             )
-            for name, item in items.items()
+            for place, (name, item) in enumerate(items.items())
         )
         file = self._upload(lines.encode())
         body = {
@@ -161,9 +164,7 @@ class Client:
         return self._promised(Accepted(job, key, dict(items)))
 
     def _upload(self, data: bytes) -> str:
-        fields = {"purpose": "batch", "file": ("in.jsonl", data)}
-        body, kind = urllib3.encode_multipart_formdata(fields)
-        reply = self.request("POST", "/v1/files", body, {"Content-Type": kind})
+        reply = self.request("POST", "/v1/files", *form(data))
         if reply.status != 200:
             raise Refused(f"POST /v1/files: {reply.status} {reply.body[:300]!r}")
         found: str = reply.json()["id"]
@@ -220,6 +221,14 @@ class Client:
                     results.append((line["custom_id"], value))
         state = BATCH_STATES.get(view["status"], view["status"])
         return Answer(job.job, state, results)
+
+
+def form(data: bytes) -> tuple[bytes, dict[str, str]]:
+    """Body and headers of the upload of a batch's file."""
+    body, kind = urllib3.encode_multipart_formdata(
+        [("purpose", "batch"), ("file", ("in.jsonl", data))]
+    )
+    return body, {"Content-Type": kind}
 
 
 def _value(answer: Any) -> int:

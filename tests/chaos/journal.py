@@ -90,7 +90,7 @@ class Journal:
         while True:
             try:
                 with closing(psycopg2.connect(self._dsn, connect_timeout=3)) as connection:
-                    register_uuid(conn_or_curs=connection)
+                    register_uuid(conn_or_curs=connection)  # type: ignore[no-untyped-call]
                     with connection, connection.cursor() as cursor:
                         cursor.execute(text, values or None)
                         return list(cursor.fetchall()) if cursor.description else []
@@ -120,7 +120,7 @@ class Journal:
             since,
             until or 2**62,
         )
-        return [Entry(*row[:2], What(row[2]), *row[3:]) for row in rows]
+        return [Entry(row[0], row[1], What(row[2]), *row[3:]) for row in rows]
 
     def unended(self, jobs: Collection[UUID]) -> int:
         """Those of `jobs` that are in the ledger and have not ended."""

@@ -38,26 +38,24 @@ class Forwarder:
     def __init__(self, address: str, port: int):
         self._target = (HOST, port)
         self._listener = socket.create_server((address, port))
-        self._closed = False
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
-        while not self._closed:
+        while True:
             try:
                 near, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            try:
                 far = socket.create_connection(self._target, timeout=5)
             except OSError:
-                if self._closed:
-                    return
-                with contextlib.suppress(OSError, UnboundLocalError):
-                    near.close()
+                near.close()  # as the target would have
                 continue
             far.settimeout(None)
             for one, other in ((near, far), (far, near)):
                 threading.Thread(target=_pass, args=(one, other), daemon=True).start()
 
     def close(self) -> None:
-        self._closed = True
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()

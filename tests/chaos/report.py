@@ -52,7 +52,7 @@ class Versions:
     @classmethod
     def of(cls, world: World) -> Versions:
         with world.redis() as client:
-            redis_version = client.info("server")["redis_version"]  # type: ignore[index]
+            redis_version = client.info("server")["redis_version"]
         ((postgres,),) = world.journal.sql("SHOW server_version")
         with urlopen(f"{world.env['TIDEGATE_TRITON_HTTP_URL']}/v2", timeout=5) as reply:
             triton = json.load(reply)["version"]

@@ -18,7 +18,7 @@ from pathlib import Path
 from uuid import UUID
 
 from tests.chaos import broker, crashing, network
-from tests.chaos.client import Refused, ask
+from tests.chaos.client import Refused, ask, form
 from tests.chaos.oracle import Due, Item, Verdict
 from tests.chaos.world import LEASE, PRODUCT, Run
 
@@ -114,7 +114,7 @@ def no_5xx(run: Run, _: Verdict) -> Iterator[str]:
 @scenario("F1", "any part killed, one batch", kills, resumes(10), short=True)
 def any_part(run: Run) -> None:
     """Worker, gateway, Redis, Postgres or Triton, every 5 s, while a batch runs."""
-    run.batch(run.pick(2000, 20_000), delay_ms=run.pick(300, 400))
+    run.batch(run.pick(2000, 20_000), delay_ms=run.pick(700, 500))
     run.trickle(run.pick(60, 800), rate=run.pick(5, 8))
     run.going(16)
     run.storm(ANY, kills=run.pick(6, 60), every=run.pick(3, 5))
@@ -126,7 +126,7 @@ def workers_killed(run: Run) -> None:
     total = run.pick(4000, 100_000)
     with run.world.another("worker-1"):
         for _ in range(9):
-            run.behind(lambda: run.batch(total // 10, delay_ms=300))
+            run.behind(lambda: run.batch(total // 10, delay_ms=500))
         run.trickle(total // 10, rate=run.pick(20, 30), threads=4)
         run.going(16)
         run.storm(("worker", "worker-1"), kills=run.pick(10, 200), every=2)
@@ -215,7 +215,7 @@ def flushed(run: Run) -> None:
 
 @scenario("F4", "Redis killed", kills, survives(*PRODUCT), resumes(10))
 def redis_killed(run: Run) -> None:
-    run.batch(run.pick(800, 5000), delay_ms=250)
+    run.batch(run.pick(800, 5000), delay_ms=500)
     run.going(16)
     run.storm(("redis",), kills=run.pick(3, 12), every=2)
 
@@ -309,7 +309,7 @@ SCENARIOS += [
 
 @scenario("F6", "Postgres killed", kills, survives(*PRODUCT), resumes(10))
 def postgres_killed(run: Run) -> None:
-    run.batch(run.pick(800, 5000), delay_ms=250)
+    run.batch(run.pick(800, 5000), delay_ms=500)
     run.trickle(run.pick(50, 300), rate=10)
     run.going(16)
     run.storm(("postgres",), kills=run.pick(4, 20), every=2)
@@ -318,7 +318,7 @@ def postgres_killed(run: Run) -> None:
 @scenario("F6", "connections cut while committing", survives(*PRODUCT))
 def backends_terminated(run: Run) -> None:
     """Whether the commit before the cut counts, nobody was told."""
-    run.batch(run.pick(1000, 4000), delay_ms=50)
+    run.batch(run.pick(1000, 4000), delay_ms=200)
     run.trickle(run.pick(100, 400), rate=30)
     until = time.monotonic() + 60
     while (run.unended() or run.submitting) and time.monotonic() < until:
@@ -334,14 +334,14 @@ def backends_terminated(run: Run) -> None:
 
 @scenario("F7", "Triton killed", kills, survives(*PRODUCT))
 def triton_killed(run: Run) -> None:
-    run.batch(run.pick(800, 4000), delay_ms=300)
+    run.batch(run.pick(1000, 4000), delay_ms=600)
     run.going(16)
     run.storm(("triton",), kills=run.pick(3, 8), every=3)
 
 
 @scenario("F7", "Triton stopped for 10 s", survives(*PRODUCT))
 def triton_frozen(run: Run) -> None:
-    run.batch(1500, delay_ms=200)
+    run.batch(1500, delay_ms=300)
     run.going(16)
     with run.frozen("triton"):
         time.sleep(10)
@@ -393,7 +393,7 @@ def _clock(run: Run, offset: str) -> Iterator[Path]:
 
 def _skewed(run: Run, offset: str) -> None:
     with _clock(run, offset):
-        run.batch(640, delay_ms=250)
+        run.batch(640, delay_ms=500)
         run.trickle(60, rate=15)
         run.drain()
 
@@ -412,7 +412,7 @@ SCENARIOS += [
 @scenario("F9", "a worker's clock steps back mid-lease", once, survives(*PRODUCT))
 def clock_steps(run: Run) -> None:
     with _clock(run, "+0") as file:
-        run.batch(640, delay_ms=250)
+        run.batch(1280, delay_ms=1000)
         for offset in ("-90", "+0", "-3600", "+600"):
             run.going(16)
             file.write_text(f"{offset}\n")
@@ -427,7 +427,7 @@ def clock_steps(run: Run) -> None:
 def worker_frozen(run: Run) -> None:
     """Another one takes over; what the first wakes up with is stale."""
     with run.world.another("worker-1"):
-        run.batch(run.pick(600, 3000), delay_ms=300)
+        run.batch(run.pick(600, 3000), delay_ms=1000)
         for _ in range(run.pick(1, 4)):
             run.going(32)
             with run.frozen("worker"):
@@ -459,7 +459,7 @@ def disk_full(run: Run) -> None:
             with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
                 while True:
                     file.write(bytes(4096))
-            status = run.client.once("POST", "/v1/files", *_upload()).status
+            status = run.client.once("POST", "/v1/files", *form(bytes(100_000))).status
             if status != 503:
                 run.problems.append(f"a file that cannot be stored was answered with {status}")
             time.sleep(5)
@@ -474,14 +474,6 @@ def disk_full(run: Run) -> None:
         run.pids = {name: run.stack.pid(name) for name in PRODUCT}
         subprocess.run(["umount", "-l", folder], check=False)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _upload() -> tuple[bytes, dict[str, str]]:
-    import urllib3
-
-    fields = {"purpose": "batch", "file": ("in.jsonl", b"x" * 100_000)}
-    body, kind = urllib3.encode_multipart_formdata(fields)
-    return body, {"Content-Type": kind}
 
 
 # F13: poison
@@ -549,12 +541,12 @@ def overload(run: Run) -> None:
 )
 def messages(run: Run) -> None:
     """A message is only a hint: nothing happens that the ledger does not want."""
-    run.batch(run.pick(400, 3000), delay_ms=200)
+    run.batch(run.pick(400, 2500), delay_ms=600)
     run.trickle(run.pick(40, 200), rate=20)
     publisher = broker.Publisher(run.world.env)
     until = time.monotonic() + run.pick(5, 25)
     while time.monotonic() < until and (run.unended() or run.submitting):
-        chunks = [row[0] for row in run.world.journal.sql("SELECT id FROM chunks")]
+        chunks = [row[0] for row in run.world.journal.sql("SELECT id FROM chunks ORDER BY id")]
         publisher.repeat(chunks, run.rng)
         publisher.forge(run.rng)
         time.sleep(0.3)
@@ -593,7 +585,7 @@ def one_key(run: Run) -> None:
 def rolling(run: Run) -> None:
     """Who is asked to stop ends what it has; nothing is run twice."""
     run.trickle(run.pick(150, 900), rate=15, threads=4)
-    run.batch(run.pick(600, 4000), delay_ms=200)
+    run.batch(run.pick(600, 8000), delay_ms=600)
     with run.world.another("worker-1"):
         for _ in range(run.pick(1, 5)):
             for name in ("worker", "gateway", "sweeper", "worker-1"):
@@ -631,7 +623,7 @@ def called_off(run: Run) -> None:
 
     def batches() -> None:
         for moment in (0.0, 0.1, 0.3, 0.6, 1.0, 1.5, 2.0):
-            job = run.client.batch(run.items(160, due=Due.EITHER), delay_ms=150)
+            job = run.client.batch(run.items(320, due=Due.EITHER), delay_ms=400)
             time.sleep(moment)
             run.client.cancel(job, batch=True)
 
@@ -639,7 +631,7 @@ def called_off(run: Run) -> None:
         for _ in range(20):
             run.job(Due.EITHER, within=run.rng.uniform(0.3, 1.5), delay_ms=run.rng.randint(0, 1500))
         for window in ("1s", "2s"):
-            run.client.batch(run.items(320, due=Due.EITHER), window=window, delay_ms=200)
+            run.client.batch(run.items(640, due=Due.EITHER), window=window, delay_ms=400)
 
     run.behind(batches)
     run.behind(late)

@@ -28,18 +28,19 @@ ITEMS = {"a": Item(10), "b": Item(20)}
 
 
 def claim(place: int, token: int, **other: Any) -> Entry:
-    before = {"before": "queued", "after": "running", "token_before": token - 1, "items": 2}
-    return Entry(place, float(place), What.CHUNK, JOB, 1, token=token, **(before | other))
+    made = Entry(place, float(place), What.CHUNK, JOB, 1, token=token, items=2)
+    claimed = replace(made, before="queued", after="running", token_before=token - 1)
+    return replace(claimed, **other)
 
 
 def commit(place: int, token: int, **other: Any) -> Entry:
-    before = {"before": "running", "after": "done", "token_before": token, "items": 2}
-    return Entry(place, float(place), What.CHUNK, JOB, 1, token=token, **(before | other))
+    made = Entry(place, float(place), What.CHUNK, JOB, 1, token=token, items=2)
+    return replace(made, before="running", after="done", token_before=token, **other)
 
 
 def ended(place: int, **other: Any) -> Entry:
-    states = {"before": "running", "after": "succeeded"}
-    return Entry(place, float(place), What.JOB, JOB, **(states | other))
+    made = Entry(place, float(place), What.JOB, JOB, before="running", after="succeeded")
+    return replace(made, **other)
 
 
 GOOD = Evidence(
@@ -133,7 +134,8 @@ def test_a_wrong_end_is_found(changes: Mapping[str, Any]) -> None:
 
 @pytest.mark.parametrize("field", ["outbox", "hints", "unacked"])
 def test_what_is_left_over_is_found(field: str) -> None:
-    assert not judged(rest=replace(GOOD.rest, **{field: 1})).ok
+    one: dict[str, Any] = {field: 1}
+    assert not judged(rest=replace(GOOD.rest, **one)).ok
 
 
 def test_an_item_called_off_may_have_an_answer_or_none_but_no_wrong_one() -> None:

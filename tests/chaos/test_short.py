@@ -48,7 +48,7 @@ def test_the_oracle_notices_that_commits_are_not_fenced(world: World) -> None:
     """The last here: it leaves the ledger in disorder."""
     run = Run(world)
     with world.altered("worker", env={"CHAOS_MUTANT": "fence"}), world.another("worker-1"):
-        run.batch(600, delay_ms=300)
+        run.batch(600, delay_ms=1000)
         run.going(32)
         with run.frozen("worker"):
             run.going(64)

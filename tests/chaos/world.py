@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import random
 import secrets
@@ -21,7 +23,7 @@ from tqdm import tqdm
 
 from ops.embedded import Stack
 from ops.embedded.process import Process, StackError
-from tests.chaos.client import Client, Refused
+from tests.chaos.client import CHUNK, Client, Refused
 from tests.chaos.journal import Journal
 from tests.chaos.oracle import Due, Evidence, Item, Kill, Verdict, judge
 
@@ -35,7 +37,7 @@ SETTINGS = {
     "TIDEGATE_SWEEP_INTERVAL": str(SWEEP),
     "TIDEGATE_HINT_TIMEOUT": str(HINT),
     # Small, so that work is spread over many attempts.
-    "TIDEGATE_CHUNK_ITEMS": "16",
+    "TIDEGATE_CHUNK_ITEMS": str(CHUNK),
     # A storm hits the same chunk more often than life does; that attempts end is tested by itself.
     "TIDEGATE_MAX_ATTEMPTS": "50",
 }
@@ -159,7 +161,9 @@ class World:
 
     def each(self, things: Iterable[Any], what: str, total: int | None = None) -> Iterator[Any]:
         """Go through things with a progress bar."""
-        return iter(tqdm(things, desc=what, total=total, disable=self.quiet, leave=False, ncols=80))
+        return iter(
+            tqdm(things, desc=what, total=total, disable=self.quiet or None, leave=False, ncols=80)
+        )
 
 
 def watched(process: Process, *arguments: str) -> Process:
@@ -188,7 +192,7 @@ class Run:
         self.pids = {name: self.stack.pid(name) for name in PRODUCT}
         self.since = world.journal.last()
         self._threads: list[threading.Thread] = []
-        self._value = 0
+        self._numbers = itertools.count(1)
 
     def pick(self, short: int, long: int) -> int:
         """How much, by profile."""
@@ -198,11 +202,8 @@ class Run:
 
     def items(self, count: int, **options: Any) -> dict[str, Item]:
         """Lines whose answers are known, and differ."""
-        made = {}
-        for _ in range(count):
-            self._value += 1
-            made[f"line-{self._value}"] = Item(self._value * 7 + 1, **options)
-        return made
+        numbers = itertools.islice(self._numbers, count)
+        return {f"line-{number}": Item(number * 7 + 1, **options) for number in numbers}
 
     def batch(self, count: int, *, delay_ms: int = 0, window: str = "1h") -> UUID:
         return self.client.batch(self.items(count), delay_ms=delay_ms, window=window)
@@ -218,13 +219,13 @@ class Run:
         def submit(items: Sequence[Item]) -> None:
             for item in items:
                 began = time.monotonic()
-                parameters = {"delay_ms": delay_ms} if delay_ms else {}
+                parameters: dict[str, Any] = {"delay_ms": delay_ms} if delay_ms else {}
                 self.client.job(item, **parameters)
                 time.sleep(max(0.0, threads / rate - (time.monotonic() - began)))
 
         for _ in range(threads):
             items = list(self.items(share).values())
-            self.behind(lambda items=items: submit(items))
+            self.behind(functools.partial(submit, items))
 
     def behind(self, run: Callable[[], Any]) -> None:
         """Do something in the background; `finish` waits for it, and tells what failed."""
@@ -335,7 +336,11 @@ class Run:
                 self.world.revive()
         until = time.monotonic() + within
         with tqdm(
-            desc="ending", total=self.unended(), disable=self.world.quiet, leave=False, ncols=80
+            desc="ending",
+            total=self.unended(),
+            disable=self.world.quiet or None,
+            leave=False,
+            ncols=80,
         ) as bar:
             while left := self.unended():
                 bar.update((bar.total or 0) - left - bar.n)
