@@ -12,6 +12,7 @@ CHAOS_PASSAGE   ... when it comes there for the n-th time
 CHAOS_DEATHS    ... until that many processes have
 CHAOS_FOLDER    where they note their deaths
 CHAOS_STORE     the share of writes to the object store that fail, half of them after success
+CHAOS_GRACE     seconds that a slot may take to come back when its attempt is over
 CHAOS_MUTANT    a safeguard to do without (`MUTANTS`): does the oracle notice?
 
 Inputs `POISON` kill or hang whoever runs them.
@@ -248,6 +249,10 @@ def _arm() -> None:
     _poison()
     if share := os.environ.get("CHAOS_STORE"):
         _flaky_store(float(share))
+    if grace := os.environ.get("CHAOS_GRACE"):
+        import tasks.chunks
+
+        tasks.chunks.GRACE = float(grace)
     if name := os.environ.get("CHAOS_POINT"):
         chosen = point(name)
         death = Death(

@@ -481,7 +481,11 @@ def disk_full(run: Run) -> None:
 
 def _poison(run: Run, value: int, lines: int, singles: int) -> None:
     """One item in a hundred hurts who runs it: it is put aside after 3 attempts of its own."""
-    settings = {"TIDEGATE_MAX_ATTEMPTS": "3", "TIDEGATE_ATTEMPT_TIMEOUT": str(2 * LEASE)}
+    settings = {
+        "TIDEGATE_MAX_ATTEMPTS": "3",
+        "TIDEGATE_ATTEMPT_TIMEOUT": str(2 * LEASE),
+        "CHAOS_GRACE": "3",
+    }
     poison = Item(value, Due.ERROR)
     with run.world.altered(*PRODUCT, env=settings):
         items = run.items(lines)
