@@ -134,9 +134,10 @@ class Client:
             "metadata": {"chaos": key},
         }
         made = self._create("/v1/jobs", body, key)
-        return self._promised(Accepted(UUID(made["id"]), key, {"0": item}))
+        deadline = time.time() + within
+        return self._promised(Accepted(UUID(made["id"]), key, {"0": item}, deadline))
 
-    def batch(self, items: Mapping[str, Item], *, window: str = "1h", delay_ms: int = 0) -> UUID:
+    def batch(self, items: Mapping[str, Item], *, window: int = 3600, delay_ms: int = 0) -> UUID:
         """Upload a file of lines and run it. Of each `CHUNK` lines the first takes `delay_ms`."""
         key = secrets.token_hex(8)
         lines = "\n".join(
@@ -156,12 +157,12 @@ class Client:
         body = {
             "input_file_id": file,
             "endpoint": ENDPOINT,
-            "completion_window": window,
+            "completion_window": f"{window}s",
             "metadata": {"chaos": key},
         }
         made = self._create("/v1/batches", body, key)
         job = UUID(made["id"].removeprefix("batch_"))
-        return self._promised(Accepted(job, key, dict(items)))
+        return self._promised(Accepted(job, key, dict(items), time.time() + window))
 
     def _upload(self, data: bytes) -> str:
         reply = self.request("POST", "/v1/files", *form(data))

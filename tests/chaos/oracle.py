@@ -17,6 +17,9 @@ ENDED = frozenset({"succeeded", "failed", "canceled", "expired"})
 """States of a job that never change again."""
 CLOSED = frozenset({"done", "dead", "canceled", "expired"})
 """And of a chunk."""
+LATE = 20.0
+"""Seconds past its deadline in which a job has ended: a sweep, a restart of whatever is dead, and
+of a batch the time to put its files together."""
 SHOWN = 5
 """Examples of one kind of problem in a report; the rest is counted."""
 
@@ -44,6 +47,8 @@ class Accepted:
     job: UUID
     key: str
     items: Mapping[str, Item]
+    deadline: float = math.inf
+    """When it should have ended, in the clock of the journal."""
     cancelled: bool = False
     """The client was told, later, that it is called off."""
 
@@ -189,10 +194,11 @@ class Verdict:
 def judge(evidence: Evidence) -> Verdict:
     """Compare the promise with what happened."""
     lost, doubled, wrong = Findings("lost"), Findings("doubled"), Findings("wrong")
-    left = Findings("left over")
+    late, left = Findings("late"), Findings("left over")
     _answers(evidence, lost, doubled, wrong)
     _history(evidence.journal, doubled, wrong)
     _keys(evidence, doubled)
+    _deadlines(evidence, late)
     for key in evidence.rest.missing:
         lost.add(f"object {key}, which the ledger names, is not in the store")
     rest = evidence.rest
@@ -218,7 +224,7 @@ def judge(evidence: Evidence) -> Verdict:
         refused=sum(entry.what is What.REFUSED for entry in evidence.journal),
         kills=len(evidence.kills),
         recovery=tuple(_recovery(evidence)),
-        problems=(*lost.told(), *doubled.told(), *wrong.told(), *left.told()),
+        problems=(*lost.told(), *doubled.told(), *wrong.told(), *late.told(), *left.told()),
     )
 
 
@@ -336,6 +342,19 @@ def _keys(evidence: Evidence, doubled: Findings) -> None:
         for key, jobs in evidence.rest.keys.items():
             if len(jobs) > 1:
                 doubled.add(f"the key {key} made {len(jobs)} jobs: {', '.join(map(str, jobs))}")
+
+
+def _deadlines(evidence: Evidence, late: Findings) -> None:
+    """(i) ... by its deadline and a little."""
+    ended = {
+        entry.job: entry.at
+        for entry in evidence.journal
+        if entry.what is What.JOB and entry.after in ENDED
+    }
+    for job in evidence.accepted:
+        over = ended.get(job.job, 0.0) - job.deadline
+        if over > LATE:
+            late.add(f"job {job.job} ended {over:.1f} s after its deadline")
 
 
 def _recovery(evidence: Evidence) -> Iterable[float]:

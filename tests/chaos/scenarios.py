@@ -635,7 +635,7 @@ def called_off(run: Run) -> None:
     def late() -> None:
         for _ in range(20):
             run.job(Due.EITHER, within=run.rng.uniform(0.3, 1.5), delay_ms=run.rng.randint(0, 1500))
-        for window in ("1s", "2s"):
+        for window in (1, 2):
             run.client.batch(run.items(640, due=Due.EITHER), window=window, delay_ms=400)
 
     run.behind(batches)

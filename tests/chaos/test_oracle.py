@@ -10,6 +10,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from tests.chaos.oracle import (
+    LATE,
     Accepted,
     Answer,
     Due,
@@ -130,6 +131,12 @@ def test_a_wrong_end_is_found(changes: Mapping[str, Any]) -> None:
     verdict = judged(**changes)
     assert verdict.wrong
     assert not verdict.ok
+
+
+def test_an_end_long_after_the_deadline_is_found() -> None:
+    assert judged(accepted=[Accepted(JOB, "key", ITEMS, deadline=6.5)]).ok
+    verdict = judged(accepted=[Accepted(JOB, "key", ITEMS, deadline=6.5 - LATE)])
+    assert verdict.problems == (f"late: job {JOB} ended 20.5 s after its deadline",)
 
 
 @pytest.mark.parametrize("field", ["outbox", "hints", "unacked"])

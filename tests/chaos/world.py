@@ -205,7 +205,7 @@ class Run:
         numbers = itertools.islice(self._numbers, count)
         return {f"line-{number}": Item(number * 7 + 1, **options) for number in numbers}
 
-    def batch(self, count: int, *, delay_ms: int = 0, window: str = "1h") -> UUID:
+    def batch(self, count: int, *, delay_ms: int = 0, window: int = 3600) -> UUID:
         return self.client.batch(self.items(count), delay_ms=delay_ms, window=window)
 
     def job(self, due: Due = Due.ANSWER, **options: Any) -> UUID:
