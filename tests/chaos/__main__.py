@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
         help="faults by number, or scenarios by words of their names",
     )
     parser.add_argument("--short", action="store_true", help="as much of each as `make test` does")
-    parser.add_argument("--out", type=Path, help="write the table to this file, too")
+    parser.add_argument("--out", type=Path, help="write the table to this file, too, when all have run")
     parser.add_argument("--no-baseline", action="store_true", help="without plain Celery beside it")
     parser.add_argument("--list", action="store_true", help="name the scenarios and stop")
     return parser.parse_args()
@@ -100,7 +100,7 @@ def main() -> int:
     if found.baseline:
         say("")
         say(report.table(found.plain()))
-    if asked.out:
+    if asked.out and not asked.only:
         report.write(found, asked.out)
         say(f"\nwritten to {asked.out}")
     failed = [played for played in found.played if not played.ok]

@@ -495,7 +495,7 @@ def _poison(run: Run, value: int, lines: int, singles: int) -> None:
         bad = [run.client.job(poison) for _ in range(max(1, singles // 100))]
         for _ in range(singles):
             run.job()
-        run.drain(within=run.pick(120, 400))
+        run.drain(within=run.pick(240, 400))
         for (tried,) in run.world.journal.sql(
             "SELECT attempts FROM chunks WHERE job_id = ANY(%s::uuid[])", list(map(str, bad))
         ):
