@@ -383,6 +383,9 @@ PHRASES: Final[Sequence[tuple[grpc.StatusCode, str, type[TidegateError]]]] = (
     (grpc.StatusCode.NOT_FOUND, "has no available versions", ModelNotReady),
     # ... and its statistics call an unknown model an invalid argument.
     (grpc.StatusCode.INVALID_ARGUMENT, "is not available", ModelNotFound),
+    # The process of a Python model died or hung, and is started again: whose fault that was, the
+    # next attempts show.
+    (grpc.StatusCode.INTERNAL, "is not healthy", TidegateError),
     # Its queue: the request's `timeout` passed there, or there was no room.
     (grpc.StatusCode.UNAVAILABLE, "timeout expired", DeadlineExceeded),
     (grpc.StatusCode.UNAVAILABLE, "exceeds maximum queue size", Unavailable),

@@ -17,6 +17,7 @@ from errors import (
     ModelFailed,
     ModelNotFound,
     ModelNotReady,
+    Retry,
     TidegateError,
     TooLarge,
     Unavailable,
@@ -321,10 +322,16 @@ def test_every_status_of_grpc_has_an_error_of_ours() -> None:
         ("UNAVAILABLE", "Stream removed (Socket closed)", ModelNotReady),
         ("RESOURCE_EXHAUSTED", "CLIENT: Received message larger than max (9 vs. 4)", TooLarge),
         ("RESOURCE_EXHAUSTED", "no memory", Unavailable),
+        ("INTERNAL", "boom", ModelFailed),
     ],
 )  # fmt: skip
 def test_triton_means_what_it_says(status: str, details: str, kind: type[TidegateError]) -> None:
     assert isinstance(translate(grpc.StatusCode[status], details), kind)
+
+
+def test_a_model_whose_process_died_did_not_refuse_its_input() -> None:
+    error = translate(grpc.StatusCode.INTERNAL, "Stub process 'identity_0_2' is not healthy.")
+    assert error.retry is Retry.COUNTED
 
 
 def test_a_models_traceback_stays_with_its_operator() -> None:
