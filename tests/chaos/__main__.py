@@ -39,7 +39,9 @@ def arguments() -> argparse.Namespace:
         help="faults by number, or scenarios by words of their names",
     )
     parser.add_argument("--short", action="store_true", help="as much of each as `make test` does")
-    parser.add_argument("--out", type=Path, help="write the table to this file, too, when all have run")
+    parser.add_argument(
+        "--out", type=Path, help="write the table to this file, too, when all have run"
+    )
     parser.add_argument("--no-baseline", action="store_true", help="without plain Celery beside it")
     parser.add_argument("--list", action="store_true", help="name the scenarios and stop")
     return parser.parse_args()

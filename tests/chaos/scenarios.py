@@ -139,7 +139,9 @@ def workers_killed(run: Run) -> None:
 def _dies_at(run: Run, point: crashing.Point) -> None:
     """A process kills itself there, comes back, and does so again."""
     deaths = run.pick(2, 5)
-    with run.dying(point.process, point.name, run.rng.randint(1, 2), deaths) as notes:
+    # A sweeper comes by twice a second, work or none.
+    passage = run.rng.randint(2, 5) if point.process == "sweeper" else run.rng.randint(1, 2)
+    with run.dying(point.process, point.name, passage, deaths) as notes:
         until = time.monotonic() + run.pick(40, 60)
         while _count(notes) < deaths and time.monotonic() < until:
             if not run.unended():

@@ -42,7 +42,7 @@ SETTINGS = {
     "TIDEGATE_MAX_ATTEMPTS": "50",
 }
 WORKER = ("celery", "-A", "tests.chaos.crashing", "worker")
-TRIES = 5
+TRIES = 10
 """Starts of a process that dies at once."""
 SETTLE = 30.0
 """Seconds for the broker and the outbox to empty once every job has ended."""
