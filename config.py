@@ -205,6 +205,11 @@ class Settings:
                 ),
                 (bool(objects), objects),
                 (
+                    self.max_batch_lines > 400_000 * self.chunk_items,
+                    "TIDEGATE_CHUNK_ITEMS: at least TIDEGATE_MAX_BATCH_LINES / 400000, or a batch"
+                    " has more chunks than one statement ends",
+                ),
+                (
                     self.attempt_timeout < 2 * self.lease,
                     "TIDEGATE_ATTEMPT_TIMEOUT: at least two leases",
                 ),

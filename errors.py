@@ -15,6 +15,7 @@ TidegateError
 ├── TooLarge                 over a size limit
 ├── Unavailable              try again later; carries the seconds to wait
 │   └── ModelNotReady        the model server is down, or the model is not loaded
+│       └── ServerLost       the model server went away in the middle of a call
 ├── DeadlineExceeded         the time the client gave is over
 ├── Overran                  one attempt took longer than an attempt may
 ├── Cancelled                the client, or the ledger on its behalf, called it off
@@ -123,6 +124,10 @@ class ModelNotReady(Unavailable):
     code = "model_not_ready"
 
 
+class ServerLost(ModelNotReady):
+    code = "model_server_lost"
+
+
 class DeadlineExceeded(TidegateError):
     code = "deadline_exceeded"
 
@@ -160,6 +165,8 @@ RETRIES: dict[type[TidegateError], Retry] = {
     Gone: Retry.NEVER,
     TooLarge: Retry.NEVER,
     Unavailable: Retry.FREE,
+    # Perhaps by the doing of what it ran.
+    ServerLost: Retry.COUNTED,
     DeadlineExceeded: Retry.NEVER,
     Overran: Retry.COUNTED,
     Cancelled: Retry.NEVER,

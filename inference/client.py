@@ -26,6 +26,7 @@ from errors import (
     ModelFailed,
     ModelNotFound,
     ModelNotReady,
+    ServerLost,
     TidegateError,
     TooLarge,
     Unavailable,
@@ -44,6 +45,8 @@ RETRY_AFTER: Final = 1.0
 """Seconds a client is told to wait where a model server is away or full."""
 RECONNECT: Final = 1.0
 """Most seconds to wait for a lost connection before the request fails; then others may have it."""
+BATCH_SIZE_TIMEOUT: Final = 1.0
+"""Seconds to ask how many rows a model takes at once."""
 BATCH_SIZE_TTL: Final = 30.0
 """Seconds to remember how many rows a model takes at once. Wrong only slows: see `infer_many`."""
 
@@ -219,8 +222,10 @@ class TritonServer:
         known = self._batch_sizes.get((model, version))
         if known is not None and not known[1].expired():
             return known[0]
+        # Nobody can cancel this one.
+        soon = Deadline.after(min(BATCH_SIZE_TIMEOUT, deadline.remaining()), deadline.clock)
         try:
-            size = int(self.config(model, version, deadline)["max_batch_size"])
+            size = int(self.config(model, version, soon)["max_batch_size"])
         except TidegateError:
             # Sent one by one, each request then meets the error itself.
             return 0
@@ -265,7 +270,7 @@ class TritonServer:
         allows.
         """
         answers = self._send(method, messages, deadline, cancelled)
-        lost = [at for at, answer in enumerate(answers) if isinstance(answer, _ConnectionLost)]
+        lost = [at for at, answer in enumerate(answers) if isinstance(answer, _LOST)]
         if lost and self._reconnect(deadline):
             tokens = None if cancelled is None else [cancelled[at] for at in lost]
             again = self._send(method, [messages[at] for at in lost], deadline, tokens)
@@ -348,7 +353,11 @@ class TritonServer:
 
 
 class _ConnectionLost(ModelNotReady):
-    """No answer from the server itself: the connection broke, or there was none."""
+    """There was no connection, or it was given up: the server has not seen the call, as far as one
+    can tell."""
+
+
+_LOST = (_ConnectionLost, ServerLost)
 
 
 def _may_be_one_members_fault(error: TidegateError) -> bool:
@@ -391,11 +400,11 @@ PHRASES: Final[Sequence[tuple[grpc.StatusCode, str, type[TidegateError]]]] = (
     (grpc.StatusCode.UNAVAILABLE, "exceeds maximum queue size", Unavailable),
     # gRPC gives a broken connection the status that a server gives a busy model.
     (grpc.StatusCode.UNAVAILABLE, "failed to connect", _ConnectionLost),
-    (grpc.StatusCode.UNAVAILABLE, "socket closed", _ConnectionLost),
-    (grpc.StatusCode.UNAVAILABLE, "connection reset", _ConnectionLost),
-    (grpc.StatusCode.UNAVAILABLE, "broken pipe", _ConnectionLost),
+    (grpc.StatusCode.UNAVAILABLE, "socket closed", ServerLost),
+    (grpc.StatusCode.UNAVAILABLE, "connection reset", ServerLost),
+    (grpc.StatusCode.UNAVAILABLE, "broken pipe", ServerLost),
     (grpc.StatusCode.UNAVAILABLE, "goaway", _ConnectionLost),
-    (grpc.StatusCode.UNAVAILABLE, "cancelling all calls", _ConnectionLost),
+    (grpc.StatusCode.UNAVAILABLE, "cancelling all calls", ServerLost),
     (grpc.StatusCode.UNAVAILABLE, "ping timeout", _ConnectionLost),
     (grpc.StatusCode.UNAVAILABLE, "keepalive", _ConnectionLost),
     (grpc.StatusCode.UNAVAILABLE, "resolution failed", _ConnectionLost),
@@ -405,6 +414,7 @@ PHRASES: Final[Sequence[tuple[grpc.StatusCode, str, type[TidegateError]]]] = (
 
 _TEXTS: Final[Mapping[type[TidegateError], str]] = {
     _ConnectionLost: "the model server cannot be reached",
+    ServerLost: "the model server went away while it ran this",
     DeadlineExceeded: "the time for this request is over",
     Cancelled: "the request was called off",
 }

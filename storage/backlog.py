@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from errors import ModelFailed, Unavailable
 from storage import fairness, moves, tables
 from storage.database import Database, Row
-from storage.lifecycle import ChunkKind, ChunkState, JobState, Priority
+from storage.lifecycle import ChunkKind, ChunkState, JobKind, JobState, Priority
 from storage.work import Hint, Swept
 
 _jobs, _chunks = tables.jobs.c, tables.chunks.c
@@ -30,6 +30,8 @@ LEAST_ROOM = 8 * HINT_CHUNKS
 """Room for hints in the broker, in shares of a hint, where nothing runs yet."""
 
 
+EXPIRE_PAGES = 40
+"""Most times that one sweep looks for more jobs whose deadline has passed."""
 FILES_GRACE = 60.0
 """Seconds in which a batch's files may still be put together, after its deadline and after its
 last item."""
@@ -84,7 +86,11 @@ class Backlog:
             rows = connection.execute(
                 sa.update(tables.chunks)
                 .where(_chunks.id.in_(picked), _chunks.state == ChunkState.QUEUED)
-                .values(state=ChunkState.RELEASED.value, released_at=moves.clock)
+                .values(
+                    state=ChunkState.RELEASED.value,
+                    released_at=moves.clock,
+                    hints=_chunks.hints + 1,
+                )
                 .returning(
                     _chunks.id,
                     _chunks.model,
@@ -199,30 +205,59 @@ class Backlog:
                 ).scalars()
             )
 
-    def sweep(self, limit: int = 500) -> Swept:
-        """Find what nobody is working on: expired leases, silent hints, passed deadlines."""
+    def rehint(self, group: str) -> None:
+        """A worker has arrived: what it may not have heard of, it is told again."""
         with self.database.transaction() as connection:
-            leases = connection.execute(
+            connection.execute(
                 sa.update(tables.chunks)
                 .where(
-                    moves.some(moves.lapsed(), _chunks.attempts < self.max_attempts, limit=limit)
+                    moves.some(
+                        _chunks.group_name == group,
+                        moves.unclaimed(self.hint_timeout, doubled=False),
+                        limit=self.credit,
+                    )
                 )
+                .values(state=ChunkState.QUEUED.value, released_at=None, hints=0)
+            )
+
+    def sweep(self, limit: int = 500) -> Swept:
+        """Find what nobody is working on: expired leases, silent hints, passed deadlines. One kind
+        that can't be dealt with holds up no other; then it is raised at the end."""
+        found: dict[str, int] = {}
+        failed: Unavailable | None = None
+        for name, stage in (
+            ("leases", self._sweep_leases),
+            ("hints", self._sweep_hints),
+            ("dead", self._sweep_dead),
+            ("expired", self._sweep_deadlines),
+        ):
+            try:
+                found[name] = stage(limit)
+            except Unavailable as error:
+                failed = error
+        if failed is not None:
+            raise failed
+        return Swept(**found)
+
+    def _sweep_leases(self, limit: int) -> int:
+        with self.database.transaction() as connection:
+            again = moves.may_run_again(self.max_attempts)
+            return connection.execute(
+                sa.update(tables.chunks)
+                .where(moves.some(moves.lapsed(), again, limit=limit))
                 .values(state=ChunkState.QUEUED.value, not_before=moves.now, lease_until=None)
             ).rowcount
-            hints = connection.execute(
+
+    def _sweep_hints(self, limit: int) -> int:
+        with self.database.transaction() as connection:
+            return connection.execute(
                 sa.update(tables.chunks)
                 .where(moves.some(moves.unclaimed(self.hint_timeout), limit=limit))
                 .values(state=ChunkState.QUEUED.value, released_at=None)
             ).rowcount
-        return Swept(
-            leases=leases,
-            hints=hints,
-            dead=self._sweep_dead(limit),
-            expired=self._sweep_deadlines(limit),
-        )
 
     def _sweep_dead(self, limit: int) -> int:
-        lapsed = sa.and_(moves.lapsed(), _chunks.attempts >= self.max_attempts)
+        lapsed = sa.and_(moves.lapsed(), sa.not_(moves.may_run_again(self.max_attempts)))
         with self.database.transaction() as connection:
             found = sa.select(_chunks.job_id).where(lapsed).limit(limit)
             jobs = moves.lock_jobs(connection, _jobs.id.in_(found), skip=True)
@@ -250,7 +285,7 @@ class Backlog:
             _chunks.state.in_([ChunkState.QUEUED, ChunkState.RELEASED]),
         )
         with self.database.transaction() as connection:
-            jobs = moves.lock_jobs(connection, late, skip=True, limit=limit)
+            jobs = moves.lock_jobs(connection, _first(late, limit), skip=True)
             if not jobs:
                 return 0
             mine = sa.and_(idle, _chunks.job_id.in_([job.id for job in jobs]))
@@ -258,19 +293,51 @@ class Backlog:
             return len(moves.bury(connection, mine, error))
 
     def _expire(self, limit: int) -> int:
+        """However many are due: a deadline is a promise."""
+        due = sa.and_(
+            _jobs.deadline_at < moves.now, _jobs.state.in_([JobState.QUEUED, JobState.RUNNING])
+        )
+        gathers = sa.and_(_jobs.kind == JobKind.BATCH, _jobs.state == JobState.RUNNING)
+        expired = 0
+        for _ in range(EXPIRE_PAGES):
+            with self.database.transaction() as connection:
+                page = _first(sa.and_(due, sa.not_(gathers)), limit)
+                jobs = [job.id for job in moves.lock_jobs(connection, page, skip=True)]
+                if jobs:
+                    moves.stop_jobs(connection, jobs, ChunkState.EXPIRED, JobState.EXPIRED)
+            expired += len(jobs)
+            if len(jobs) < limit:
+                break
         with self.database.transaction() as connection:
-            jobs = moves.lock_jobs(
-                connection,
-                sa.and_(
-                    _jobs.deadline_at < moves.now,
-                    _jobs.state.in_([JobState.QUEUED, JobState.RUNNING]),
-                ),
-                skip=True,
-                limit=limit,
+            running = sa.and_(due, gathers)
+            batches = (
+                connection.execute(
+                    sa.select(_jobs.id).where(running).order_by(_jobs.deadline_at).limit(limit)
+                )
+                .scalars()
+                .all()
             )
-            for job in jobs:
-                moves.stop_job(connection, job, ChunkState.EXPIRED, JobState.EXPIRED)
-        return len(jobs)
+        # One by one: a batch that can't be ended right now keeps none of the others.
+        failed: Unavailable | None = None
+        for batch in batches:
+            try:
+                with self.database.transaction() as connection:
+                    mine = sa.and_(running, _jobs.id == batch)
+                    for job in moves.lock_jobs(connection, mine, skip=True):
+                        moves.stop_job(connection, job, ChunkState.EXPIRED, JobState.EXPIRED)
+                        expired += 1
+            except Unavailable as error:
+                failed = error
+        if failed is not None:
+            raise failed
+        return expired
+
+
+def _first(which: sa.ColumnElement[bool], limit: int) -> sa.ColumnElement[bool]:
+    """The `limit` jobs of these that have been due the longest: by the index of what has not ended,
+    where an order by id would read everything that ever ran."""
+    due = sa.select(_jobs.id).where(which).order_by(_jobs.deadline_at).limit(limit)
+    return sa.and_(which, _jobs.id.in_(due))
 
 
 def _hints(group: str, rows: Sequence[Row]) -> list[Hint]:

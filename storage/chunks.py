@@ -54,6 +54,7 @@ class Chunks:
                     lease_token=_chunks.lease_token + 1,
                     lease_until=moves.clock + moves.seconds(self.lease),
                     released_at=None,
+                    hints=0,
                     worker=worker,
                 )
                 .returning(_chunks.id)

@@ -29,6 +29,8 @@ from storage.lifecycle import (
 from storage.work import ChunkPlan, Claim, Done, NewJob
 
 _jobs, _chunks = tables.jobs.c, tables.chunks.c
+MOST_DOUBLINGS = 5
+"""Of the wait for somebody to follow a hint."""
 clock = sa.func.clock_timestamp()
 now = sa.func.now()
 
@@ -81,6 +83,12 @@ def lapsed() -> sa.ColumnElement[bool]:
     return sa.and_(_chunks.state == ChunkState.RUNNING, _chunks.lease_until < now)
 
 
+def may_run_again(max_attempts: int) -> sa.ColumnElement[bool]:
+    """It has attempts left. Putting answers together runs nothing that a client sent: that workers
+    died of it is chance, and the answers are there. Its time is what bounds it."""
+    return sa.or_(_chunks.attempts < max_attempts, _chunks.kind == ChunkKind.FINALIZE)
+
+
 def claimable(max_attempts: int) -> sa.ColumnElement[bool]:
     """A chunk that may be run now: open, not held, with attempts and time left."""
     waiting = sa.and_(
@@ -88,16 +96,20 @@ def claimable(max_attempts: int) -> sa.ColumnElement[bool]:
     )
     return sa.and_(
         sa.or_(waiting, lapsed()),
-        _chunks.attempts < max_attempts,
+        may_run_again(max_attempts),
         sa.or_(_jobs.deadline_at > now, _chunks.kind == ChunkKind.FINALIZE),
     )
 
 
-def unclaimed(hint_timeout: float) -> sa.ColumnElement[bool]:
-    """The outbox: a hint went out, and nobody came."""
+def unclaimed(hint_timeout: float, *, doubled: bool = True) -> sa.ColumnElement[bool]:
+    """The outbox: a hint went out, and nobody came. The wait doubles with each hint in vain, so
+    that a group without a worker does not fill its queue with copies."""
+    patience: Any = hint_timeout
+    if doubled:
+        patience *= sa.func.power(2, sa.func.least(_chunks.hints - 1, MOST_DOUBLINGS))
     return sa.and_(
         _chunks.state == ChunkState.RELEASED,
-        _chunks.released_at < now - seconds(hint_timeout),
+        _chunks.released_at < now - seconds(patience),
     )
 
 
@@ -296,15 +308,39 @@ def bury(
             tally.failed += row.items
         else:
             end_job(connection, _jobs.id == row.job_id, JobState.FAILED, error.to_wire())
+            if kinds[row.job_id] == JobKind.INFER:
+                connection.execute(
+                    sa.update(tables.jobs)
+                    .where(_jobs.id == row.job_id)
+                    .values(chunks_done=1, items_failed=1)
+                )
     fan_in(connection, tallies)
     return [row.id for row in rows]
 
 
 def stop_job(connection: sa.Connection, job: Row, chunk: ChunkState, outcome: JobState) -> JobState:
     """End a locked job's open chunks and the job; a batch that ran first gathers its files."""
+    _stop_chunks(connection, [job.id], chunk)
+    if job.kind == JobKind.BATCH and job.state == JobState.RUNNING:
+        entering = JobState.CANCELLING if outcome is JobState.CANCELED else JobState.FINALIZING
+        finalize(connection, job.id, entering, outcome)
+        return entering
+    _stop_jobs(connection, [job.id], outcome)
+    return outcome
+
+
+def stop_jobs(
+    connection: sa.Connection, ids: Sequence[UUID], chunk: ChunkState, outcome: JobState
+) -> None:
+    """End locked jobs that have no files to gather, and their open chunks."""
+    _stop_chunks(connection, ids, chunk)
+    _stop_jobs(connection, ids, outcome)
+
+
+def _stop_chunks(connection: sa.Connection, ids: Sequence[UUID], chunk: ChunkState) -> None:
     connection.execute(
         sa.update(tables.chunks)
-        .where(_chunks.job_id == job.id, _chunks.state.in_(chunk_sources(chunk)))
+        .where(_chunks.job_id.in_(ids), _chunks.state.in_(chunk_sources(chunk)))
         .values(
             state=chunk.value,
             finished_at=clock,
@@ -312,10 +348,8 @@ def stop_job(connection: sa.Connection, job: Row, chunk: ChunkState, outcome: Jo
             lease_token=_chunks.lease_token + 1,
         )
     )
-    if job.kind == JobKind.BATCH and job.state == JobState.RUNNING:
-        entering = JobState.CANCELLING if outcome is JobState.CANCELED else JobState.FINALIZING
-        finalize(connection, job.id, entering, outcome)
-        return entering
+
+
+def _stop_jobs(connection: sa.Connection, ids: Sequence[UUID], outcome: JobState) -> None:
     error = DeadlineExceeded("the job's deadline passed") if outcome is JobState.EXPIRED else None
-    end_job(connection, _jobs.id == job.id, outcome, error.to_wire() if error else None)
-    return outcome
+    end_job(connection, _jobs.id.in_(ids), outcome, error.to_wire() if error else None)

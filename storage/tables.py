@@ -191,6 +191,8 @@ chunks = Table(
     _time("created_at", default=True),
     _time("not_before", default=True),
     _time("released_at"),
+    # How often a hint went out since the last claim.
+    Column("hints", SmallInteger, nullable=False, server_default=text("0")),
     _time("lease_until"),
     _time("finished_at"),
     # A dead letter that runs again, and as which job.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
@@ -70,7 +70,10 @@ def parse_line(text: bytes, number: int, endpoint: str, max_bytes: int) -> Line:
         request = oip.request_from_json(document.get("body"), model=model, version=version)
     except TidegateError as error:
         raise BadLine(error.code, error.message, custom_id) from error
-    return Line(number, custom_id, request)
+    # The time of a line is the batch's window. At Triton a limit of its own would have the line
+    # given back, again and again.
+    rest = {name: value for name, value in request.parameters.items() if name != "timeout"}
+    return Line(number, custom_id, replace(request, parameters=rest))
 
 
 def _document(text: bytes) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import uuid_utils.compat as uuids
 
@@ -39,19 +39,26 @@ def run(services: WorkerServices, held: Held) -> None:
 def run_control(services: Services, held: Held) -> None:
     """Read a claimed batch's file in, or put its answers together: needs no model."""
     step = _plan if held.claim.kind is ChunkKind.PLAN else _finalize
-    attempts.guarded(services, [held], functools.partial(step, services, held.claim))
+    attempts.guarded(services, [held], functools.partial(step, services, held))
 
 
-def _plan(services: Services, claim: Claim) -> None:
+def _while_ours(held: Held, blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """The blocks, as long as somebody wants what is made of them."""
+    for block in blocks:
+        held.token.check()
+        yield block
+
+
+def _plan(services: Services, held: Held) -> None:
     """Read the input file once and cut it into chunks."""
-    settings = services.settings
+    claim, settings = held.claim, services.settings
     limits = batch_lines.Limits(
         chunk_items=settings.chunk_items,
         chunk_bytes=settings.chunk_bytes,
         max_lines=settings.max_batch_lines,
         max_line_bytes=settings.max_line_bytes,
     )
-    blocks = objects.steadily(services.objects, claim.file_key)
+    blocks = _while_ours(held, objects.steadily(services.objects, claim.file_key))
     try:
         plans = batch_lines.plan_file(objects.lines(blocks, limits.max_line_bytes), limits)
     except batch_lines.FileErrors as error:
@@ -158,8 +165,9 @@ def _status(error: TidegateError) -> int:
     return 500 if isinstance(error, ModelFailed) else 400
 
 
-def _finalize(services: Services, claim: Claim) -> None:
+def _finalize(services: Services, held: Held) -> None:
     """Put the chunks' outputs into one output file and one error file."""
+    claim = held.claim
     parts = services.chunks.chunk_outputs(claim)
     ok = sum(part.items_ok for part in parts)
     total = sum(part.items for part in parts)
@@ -167,7 +175,7 @@ def _finalize(services: Services, claim: Claim) -> None:
     if ok:
         output = _file(
             services,
-            claim,
+            held,
             "output",
             (
                 block
@@ -177,14 +185,15 @@ def _finalize(services: Services, claim: Claim) -> None:
             ),
         )
     if total > ok:
-        errors = _file(services, claim, "errors", _error_blocks(services, claim, parts))
+        errors = _file(services, held, "errors", _error_blocks(services, claim, parts))
     services.chunks.commit_files(claim, output, errors, ok=ok, failed=total - ok)
 
 
-def _file(services: Services, claim: Claim, name: str, blocks: Iterator[bytes]) -> FileRow:
+def _file(services: Services, held: Held, name: str, blocks: Iterator[bytes]) -> FileRow:
+    claim = held.claim
     # Below the job's name: while the job has not ended, nobody takes this for garbage.
     key = claim.key(f"{name}.jsonl")
-    size = services.objects.put(key, blocks)
+    size = services.objects.put(key, _while_ours(held, blocks))
     return FileRow(
         id=uuids.uuid7(),
         tenant_id=claim.tenant_id,

@@ -55,7 +55,7 @@ def _claim(services: WorkerServices, ids: Sequence[int], *, alone: bool) -> list
     # An old hint can name, among others, what should run alone by now: it gets a hint of its own.
     company = [claim for claim in claims if claim.last and claim.items == 1]
     if company:
-        services.chunks.retry(company, Unavailable("to be run alone"), 0.0)
+        attempts.give_back(services, company, Unavailable("to be run alone", retry_after=0))
     return [claim for claim in claims if claim not in company]
 
 

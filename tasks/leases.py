@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ import structlog
 from errors import Cancelled, DeadlineExceeded, Overran, TidegateError, Unavailable
 from inference.client import CancelToken, Deadline
 from storage.chunks import Chunks
+from storage.lifecycle import ChunkKind
 from storage.work import Claim
 
 log = structlog.get_logger(__name__)
@@ -89,9 +91,7 @@ class Leases:
     def holding(self, claims: Sequence[Claim]) -> Iterator[list[Held]]:
         """Renew these, which have just been claimed, while the block runs."""
         limit = Deadline.after(self._attempt_timeout, self._clock)
-        held = [
-            Held(claim, Deadline.after(claim.remaining, self._clock), limit) for claim in claims
-        ]
+        held = [Held(claim, self._deadline(claim), limit) for claim in claims]
         with self._lock:
             self._held |= {(one.claim.id, one.claim.token): one for one in held}
             if self._thread is None:
@@ -106,6 +106,11 @@ class Leases:
             with self._lock:
                 for claim in claims:
                     self._held.pop((claim.id, claim.token), None)
+
+    def _deadline(self, claim: Claim) -> Deadline:
+        # What was answered by the job's deadline is put together after it.
+        left = math.inf if claim.kind is ChunkKind.FINALIZE else claim.remaining
+        return Deadline.after(left, self._clock)
 
     def drain(self) -> None:
         """Call off what still runs, to be given back: this process is about to end."""
@@ -142,6 +147,9 @@ class Leases:
 
     def _run(self) -> None:
         while not self._stopping.wait(min(LOOK, self._every)):
+            # Time limits first: they need no database.
+            for one in self._all():
+                one.judge()
             try:
                 if self._clock() - self._renewed >= self._every:
                     self.renew()

@@ -95,12 +95,24 @@ def _until_done(once: Callable[[], int], stopping: Callable[[], bool]) -> int:
     return total
 
 
+REFUSALS = 5
+"""Objects in a row that can't be deleted, and no more is tried this time."""
+
+
 def _delete(objects: ObjectStore, keys: Iterable[str]) -> int:
-    """Nothing in the ledger names them any more: what is not deleted now is the collector's."""
-    deleted = 0
+    """Nothing in the ledger names them any more: what is not deleted now is the collector's. One
+    that may not be deleted keeps none of the others; several in a row, and the store is away."""
+    deleted = refused = 0
     for key in keys:
-        objects.delete(key)
-        deleted += 1
+        try:
+            objects.delete(key)
+        except Unavailable as error:
+            refused += 1
+            log.warning("not deleted", action="retention.kept", key=key, error=error.message)
+            if refused == REFUSALS:
+                raise
+        else:
+            deleted, refused = deleted + 1, 0
     return deleted
 
 

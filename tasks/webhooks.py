@@ -123,10 +123,10 @@ class Sender:
                 free, landed = self._slots - self._flying, self._landed
             # No more than fly at once: a lease begins with the claim.
             claimed = self._deliveries.claim(free) if free else []
-            with self._changed:
-                self._flying += len(claimed)
             for delivery in claimed:
                 self._pool.submit(self._fly, delivery)
+                with self._changed:
+                    self._flying += 1
             with self._changed:
                 # Whenever one lands there is room for the next.
                 self._changed.wait_for(functools.partial(self._another, landed), self._every)

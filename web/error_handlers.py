@@ -37,6 +37,7 @@ STATUS: dict[type[TidegateError], int] = {
     errors.ModelFailed: 500,
     errors.Unavailable: 503,
     errors.ModelNotReady: 503,
+    errors.ServerLost: 503,
     errors.DeadlineExceeded: 504,
     errors.Overran: 504,
 }

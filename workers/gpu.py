@@ -188,8 +188,17 @@ class Presence(bootsteps.StartStopStep):  # type: ignore[misc]
     def _tick(self) -> None:
         self._stamp = time.monotonic()
 
+    def _ask_again(self, services: bootstrap.WorkerServices) -> None:
+        """Hints that went out while nobody read them may be gone by now."""
+        try:
+            services.backlog.rehint(services.group)
+        except Unavailable as error:
+            log.warning("not told again", action="worker.unhinted", error=error.message)
+        services.pump.kick(services.group)
+
     def _announce(self) -> None:
         services = bootstrap.worker_services()
+        self._ask_again(services)
         stamp, looks = self._stamp, 0
         while True:
             # Looks, not seconds: a process that was stopped for an hour has not hung.
@@ -203,6 +212,8 @@ class Presence(bootsteps.StartStopStep):  # type: ignore[misc]
                         services.state.present(services.group, services.name, PRESENCE_TTL)
                 except TidegateError as error:
                     log.warning("not announced", action="worker.silent", error=error.message)
+                except Exception:
+                    log.exception("not announced", action="worker.silent")
             if self._stopping.wait(PRESENCE_EVERY):
                 return
 

@@ -34,18 +34,24 @@ RETENTION_EVERY = 60.0
 
 def sweep(services: Services) -> None:
     """One round: leases, hints, deadlines, then the pump of every group with work."""
-    found = services.backlog.sweep()
-    if found.leases or found.dead or found.hints or found.expired:
-        log.info(
-            "swept",
-            action="sweep",
-            leases=found.leases,
-            dead=found.dead,
-            hints=found.hints,
-            expired=found.expired,
-        )
-    for group in services.backlog.groups():
-        services.pump.pump(group)
+    try:
+        found = services.backlog.sweep()
+        if found.leases or found.dead or found.hints or found.expired:
+            log.info(
+                "swept",
+                action="sweep",
+                leases=found.leases,
+                dead=found.dead,
+                hints=found.hints,
+                expired=found.expired,
+            )
+    finally:
+        # Whatever could not be swept, and whichever group can't be pumped: the others go on.
+        for group in services.backlog.groups():
+            try:
+                services.pump.pump(group)
+            except Unavailable as error:
+                log.warning("not pumped", action="sweep.unpumped", group=group, error=error.message)
 
 
 def finish(services: Services, leases: Leases, worker: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from uuid import UUID
 
 import pytest
@@ -17,7 +18,10 @@ from storage import tables
 from storage.files import FileRow, file_key
 from storage.lifecycle import ChunkKind, JobKind, JobState, Priority
 from storage.work import ChunkPlan, Claim, Done, Fate, NewBatch, NewJob
+from tasks.bootstrap import build_services
+from tasks.pump import Pump
 from tests.conftest import Ledger
+from workers import sweeper
 
 
 def submit(ledger: Ledger, count: int = 1, **fields: object) -> list[UUID]:
@@ -407,3 +411,78 @@ def test_the_output_files_of_a_batch_expire_when_it_says_so(ledger: Ledger) -> N
     assert found.expires_at
     assert (found.expires_at - found.created_at).total_seconds() == pytest.approx(3600, abs=1)
     assert state(ledger, job_id) == "succeeded"
+
+
+def test_one_sweep_ends_every_job_that_is_due_however_many(ledger: Ledger) -> None:
+    jobs = submit(ledger, 25)
+    ledger.sql(
+        "UPDATE jobs SET deadline_at = now() - interval '1 s' WHERE group_name = :group",
+        group=ledger.group,
+    )
+    ledger.backlog.sweep(limit=10)
+    assert {state(ledger, job) for job in jobs} == {"expired"}
+
+
+def test_workers_that_die_while_they_put_answers_together_cost_a_batch_nothing(
+    ledger: Ledger,
+) -> None:
+    job_id, (chunk,) = planned(ledger, 2)
+    ledger.chunks.commit([Done(chunk, 2, 0)])
+    for _ in range(5):
+        (final,) = claimed(ledger)
+        lapse(ledger)
+        assert ledger.backlog.sweep().dead == 0
+    (final,) = claimed(ledger)
+    assert ledger.chunks.commit_files(final, None, None, ok=2, failed=0)
+    assert state(ledger, job_id) == "succeeded"
+
+
+def test_hints_in_vain_become_rarer_and_a_worker_that_arrives_hears_them_at_once(
+    ledger: Ledger,
+) -> None:
+    submit(ledger)
+
+    def silent_for(seconds: int) -> bool:
+        ledger.sql(
+            "UPDATE chunks SET released_at = now() - make_interval(secs => :s)"
+            " WHERE group_name = :group AND state = 'released'",
+            s=seconds,
+            group=ledger.group,
+        )
+        ledger.backlog.sweep()
+        return bool(released(ledger))
+
+    assert released(ledger)
+    assert [silent_for(11), silent_for(11), silent_for(21)] == [True, False, True]
+    assert not silent_for(30)
+    ledger.backlog.rehint(ledger.group)
+    assert len(released(ledger)) == 1
+    assert silent_for(11)
+
+
+def test_a_job_given_up_counts_its_item(ledger: Ledger) -> None:
+    (job_id,) = submit(ledger)
+    ledger.chunks.retry(claimed(ledger), NotFound("no such model"), 0)
+    row = ledger.jobs.get(ledger.tenant, job_id)
+    assert (row.state, row.items_failed, row.chunks_done) == ("failed", 1, 1)
+
+
+def test_a_group_that_cannot_be_pumped_holds_up_no_other(
+    settings: Settings, ledger: Ledger
+) -> None:
+    services = build_services(settings, pool_size=2)
+    published: list[str] = []
+    services = replace(
+        services, pump=Pump(services.backlog, lambda hint: published.append(hint.group))
+    )
+    submit(ledger, group="a-" + ledger.group)
+    submit(ledger, group="b-" + ledger.group)
+    with ledger.database.transaction() as connection:
+        connection.execute(
+            sa.text("SELECT pg_advisory_xact_lock(hashtext(:name))"),
+            {"name": f"pump:a-{ledger.group}"},
+        )
+        sweeper.sweep(services)
+    services.close()
+    assert f"b-{ledger.group}" in published
+    assert f"a-{ledger.group}" not in published

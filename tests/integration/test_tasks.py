@@ -26,6 +26,7 @@ from errors import (
     DeadlineExceeded,
     ModelFailed,
     ModelNotReady,
+    ServerLost,
     TidegateError,
     Unavailable,
 )
@@ -466,6 +467,34 @@ def test_a_line_that_hangs_is_given_up_alone(worker: Worker) -> None:
     assert (letter.first_line, letter.item_count, letter.attempts) == (3, 1, 3)
 
 
+def test_an_input_that_takes_triton_down_is_given_up_and_its_neighbours_are_not(
+    worker: Worker,
+) -> None:
+    infer_many = worker.services.server.infer_many
+
+    def dying(requests: Any, deadline: Any, cancelled: Any) -> Any:
+        if any(one.parameters.get("poison") for one in requests):
+            return [ServerLost("it went away in the middle of the call")] * len(requests)
+        return infer_many(requests, deadline, cancelled)
+
+    good = [worker.submit(ints(n)) for n in range(10)]
+    bad = worker.submit(ints(99, poison=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker.services.server, "infer_many", dying)
+        for _ in range(4):
+            worker.work()
+            again_at_once(worker)
+    assert {worker.row(job).state for job in good} == {"succeeded"}
+    row = worker.row(bad)
+    assert (row.state, row.attempts, row.error["code"]) == ("failed", 3, "model_server_lost")
+
+
+def test_a_lines_own_timeout_is_not_what_it_is_judged_by(worker: Worker) -> None:
+    job = worker.batch([line(1, timeout=1), line(2)])
+    worker.work()
+    assert (worker.row(job).state, worker.row(job).items_ok) == ("succeeded", 2)
+
+
 def test_a_last_attempt_in_company_is_put_back_to_run_alone(worker: Worker) -> None:
     first, second = worker.submit(ints(1)), worker.submit(ints(2))
     ids = worker.release()
@@ -473,6 +502,7 @@ def test_a_last_attempt_in_company_is_put_back_to_run_alone(worker: Worker) -> N
         connection.exec_driver_sql(f"UPDATE chunks SET attempts = 2 WHERE id = {ids[0]}")
     run_chunks.apply(kwargs={"ids": ids}, throw=True)
     assert (worker.row(first).state, worker.row(second).state) == ("running", "succeeded")
+    again_at_once(worker)
     (hint,) = worker.services.backlog.release(worker.services.group)
     assert (hint.ids, hint.alone) == ((ids[0],), True)
     run_chunks.apply(kwargs={"ids": ids, "alone": True}, throw=True)

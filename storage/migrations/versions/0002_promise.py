@@ -72,6 +72,7 @@ def upgrade() -> None:
     sa.ForeignKeyConstraint(['delivery_id'], ['deliveries.id'], name=op.f('fk_delivery_attempts_delivery_id'), ondelete='CASCADE'),
     sa.PrimaryKeyConstraint('delivery_id', 'attempt', name=op.f('pk_delivery_attempts'))
     )
+    op.add_column('chunks', sa.Column('hints', sa.SmallInteger(), server_default=sa.text('0'), nullable=False))
     op.add_column('chunks', sa.Column('redriven_as', sa.UUID(), nullable=True))
     op.create_index('ix_chunks_dead', 'chunks', ['tenant_id', 'id'], unique=False, postgresql_where=sa.text("state = 'dead'"))
     op.add_column('files', sa.Column('purged_at', sa.DateTime(timezone=True), nullable=True))
@@ -114,6 +115,7 @@ def downgrade() -> None:
     op.drop_column('files', 'purged_at')
     op.drop_index('ix_chunks_dead', table_name='chunks', postgresql_where=sa.text("state = 'dead'"))
     op.drop_column('chunks', 'redriven_as')
+    op.drop_column('chunks', 'hints')
     op.drop_table('delivery_attempts')
     op.drop_index('ix_deliveries_webhook', table_name='deliveries')
     op.drop_index('ix_deliveries_flying', table_name='deliveries', postgresql_where=sa.text("lease_until IS NOT NULL"))
