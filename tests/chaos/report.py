@@ -34,7 +34,8 @@ deadlines (F18).
 * **wrong**: another value than the right one, a healthy item that failed, an end that changed.
 * **again**: items run more than once: execution is at least once, the commit is not.
 * **refused**: commits of stale attempts that the ledger refused.
-* **recovery**: seconds from a kill to the next commit, the restart of the process included.
+* **recovery**: seconds from a kill to the next commit, the restart of the process included. Of the
+  running job called off: from the cancel to the end of its call in Triton's own statistics.
 
 A lease is {lease:g} s here, a sweep every {sweep:g} s, a hint is silent after {hint:g} s, and a
 chunk has 16 lines; one gateway, one worker (two where it says so), one sweeper.

@@ -13,8 +13,9 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.request import urlopen
 from uuid import UUID
 
 from tests.chaos import broker, crashing, network
@@ -643,3 +644,32 @@ def called_off(run: Run) -> None:
     run.behind(batches)
     run.behind(late)
     run.batch(200, delay_ms=20)
+
+
+@scenario("F18", "a running job called off: its slot at Triton", resumes(1.0), short=True)
+def freed(run: Run) -> None:
+    """Seconds from the request to cancel until Triton says that the call has ended."""
+    url = f"{run.world.env['TIDEGATE_TRITON_HTTP_URL']}/v2/models/identity/stats"
+
+    def running() -> bool:
+        return bool(run.world.journal.sql("SELECT 1 FROM chunks WHERE state = 'running'"))
+
+    def ended() -> int:
+        with urlopen(url, timeout=5) as reply:
+            (model,) = json.load(reply)["model_stats"]
+        counts = model["inference_stats"]
+        return int(counts["success"]["count"] + counts["fail"]["count"])
+
+    took: list[float] = []
+    for _ in range(run.pick(3, 50)):
+        before = ended()
+        job = run.job(Due.EITHER, delay_ms=60_000)
+        run.until(running, 20, "nobody runs the job")
+        # Claimed is not yet called: the call is what is to be ended.
+        time.sleep(run.rng.uniform(0.1, 0.5))
+        began = time.monotonic()
+        run.client.cancel(job)
+        while ended() == before and time.monotonic() - began < 10:
+            time.sleep(0.01)
+        took.append(time.monotonic() - began)
+    run.verdict = replace(run.finish(), recovery=took)
