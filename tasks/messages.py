@@ -13,8 +13,8 @@ import re
 from typing import Any
 
 import structlog
-from celery import current_app
-from kombu import Exchange, Queue
+from celery import Celery, current_app
+from kombu import Exchange, Queue, pools
 from kombu.exceptions import KombuError, OperationalError
 
 from errors import Unavailable
@@ -81,15 +81,30 @@ def queue(name: str) -> Queue:
 
 POOL_TIMEOUT = 2.0
 """Seconds a message may wait until one of this process's connections is free."""
+SEND_TIMEOUT = 2.0
+"""Seconds Redis may take for its answer to one who sends. One who receives gives it longer: what
+it asks for is to be waited for."""
+
+
+def _on_redis(app: Celery) -> bool:
+    return not str(app.conf.broker_url).startswith("amqp")
+
+
+@functools.cache
+def _senders(app: Celery) -> Any:
+    """This process's connections to send by."""
+    options = {"socket_timeout": SEND_TIMEOUT} if _on_redis(app) else {}
+    return pools.producers[app.connection_for_write(transport_options=options)]
 
 
 def send(task: str, to: str, *, ttl: float | None = None, **kwargs: Any) -> None:
     """Publish one message; RabbitMQ drops it where nobody took it for `ttl` seconds. Raises
     `Unavailable` where the broker is out of reach, or does not say that it has the message."""
+    app = current_app._get_current_object()
     try:
-        with current_app.producer_pool.acquire(block=True, timeout=POOL_TIMEOUT) as producer:
+        with _senders(app).acquire(block=True, timeout=POOL_TIMEOUT) as producer:
             try:
-                current_app.send_task(
+                app.send_task(
                     task,
                     kwargs=kwargs,
                     queue=queue(to),
@@ -97,6 +112,9 @@ def send(task: str, to: str, *, ttl: float | None = None, **kwargs: Any) -> None
                     expiration=ttl,
                     # RabbitMQ confirms what it could put in no queue, too, unless asked to object.
                     mandatory=True,
+                    # RabbitMQ says on use that a connection is gone. Of Redis that is known
+                    # before, and one that is silent would be waited for again.
+                    retry=not _on_redis(app),
                     ignore_result=True,
                     # What monitors show instead of arguments.
                     argsrepr="()",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import secrets
 import threading
 import time
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
@@ -41,7 +44,8 @@ class RealtimeLane:
     def infer(self, request: InferRequest, timeout: float) -> Answer:
         """Run one request within `timeout` seconds; the model's refusal is in the answer. Raises
         `DeadlineExceeded`, `Unavailable`, `ModelNotReady`."""
-        self._presence.require()
+        until = time.monotonic() + timeout
+        self._presence.require(timeout)
         key = (request.model, request.version)
         with self._lock:
             coalescer = self._coalescers.get(key)
@@ -55,33 +59,33 @@ class RealtimeLane:
                 )
                 self._lookout.start()
         size = sum(len(tensor.data) for tensor in request.inputs)
-        waiting = Waiting(request, size, time.monotonic() + timeout)
+        waiting = Waiting(request, size, until)
         coalescer.submit(waiting)
         try:
-            return waiting.answer.result(timeout)
+            return waiting.answer.result(_left(until))
         except FutureTimeout:
             raise DeadlineExceeded(f"no answer within {timeout:g} s") from None
 
     def query(
         self, op: str, model: str = "", version: str = "", timeout: float = QUERY_TIMEOUT
     ) -> Any:
-        """Ask a worker's Triton. Raises what it raised, `Unavailable` without an answer."""
-        self._presence.require()
+        """Ask a worker's Triton. Raises what it raised, `Unavailable` without an answer within
+        `timeout` seconds."""
+        until = time.monotonic() + timeout
+        self._presence.require(timeout)
         message = secrets.token_bytes(16)
         answer: Future[bytes] = Future()
-        self._replies.expect(message, answer.set_result)
+        self._replies.expect(message, functools.partial(_end, answer.set_result))
+        # Not in this request: a broker that hangs takes its time to say so.
+        threading.Thread(
+            target=self._publish,
+            args=(answer, _left(until)),
+            kwargs={"message": message.hex(), "op": op, "model": model, "version": version},
+            name="query",
+            daemon=True,
+        ).start()
         try:
-            messages.send(
-                messages.QUERY,
-                messages.realtime_queue(self._group),
-                ttl=timeout,
-                message=message.hex(),
-                gateway=self._replies.gateway,
-                op=op,
-                model=model,
-                version=version,
-            )
-            told = orjson.loads(answer.result(timeout))
+            told = orjson.loads(answer.result(_left(until)))
         except FutureTimeout:
             raise Unavailable("no GPU worker answered in time", retry_after=1) from None
         finally:
@@ -90,6 +94,19 @@ class RealtimeLane:
             raise from_wire(told["error"])
         return told["value"]
 
+    def _publish(self, answer: Future[bytes], ttl: float, **asked: str) -> None:
+        """Send a query; who waits for its answer hears of it where that fails."""
+        try:
+            messages.send(
+                messages.QUERY,
+                messages.realtime_queue(self._group),
+                ttl=ttl,
+                gateway=self._replies.gateway,
+                **asked,
+            )
+        except Exception as error:
+            _end(answer.set_exception, error)
+
     def workers(self) -> list[str]:
         """GPU workers that are there now."""
         return self._presence.workers()
@@ -97,3 +114,14 @@ class RealtimeLane:
     def stop(self) -> None:
         self._lookout.stop()
         self._replies.stop()
+
+
+def _left(until: float) -> float:
+    return max(0.001, until - time.monotonic())
+
+
+def _end(end: Callable[[Any], None], value: Any) -> None:
+    """The first end counts: what could not be sent for certain may have arrived, and be answered
+    all the same."""
+    with contextlib.suppress(InvalidStateError):
+        end(value)

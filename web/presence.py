@@ -6,8 +6,9 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 
-from errors import ModelNotReady
+from errors import ModelNotReady, Unavailable
 from storage.redis_state import RedisState
 
 TTL = 1.0
@@ -16,7 +17,8 @@ TTL = 1.0
 
 class Presence:
     """The workers of one group, as this process knows them. Requests that ask at the same time ask
-    once: a Redis that hangs holds up all of them together, and not one after the other."""
+    once, and none waits longer than it may: a Redis that hangs holds up all of them together, and
+    each until its own deadline at most."""
 
     def __init__(self, state: RedisState, group: str, clock: Callable[[], float] = time.monotonic):
         self._state = state
@@ -26,19 +28,25 @@ class Presence:
         self._asking: Future[bool] | None = None
         self._lock = threading.Lock()
 
-    def require(self) -> None:
-        """Raises `ModelNotReady` where no worker is there, `Unavailable` where Redis is away."""
+    def require(self, timeout: float) -> None:
+        """Raises `ModelNotReady` where no worker is there, `Unavailable` where Redis is away, or
+        has not answered within `timeout` seconds."""
         seen = self._seen
         if seen is not None and self._clock() - seen <= TTL:
             return
         with self._lock:
             asking = self._asking
-            mine = asking is None
             if asking is None:
                 asking = self._asking = Future()
-        if mine:
-            self._ask(asking)
-        if not asking.result():
+                # Not in this request: others may have longer to wait for the answer than it has.
+                threading.Thread(
+                    target=self._ask, args=(asking,), name="presence", daemon=True
+                ).start()
+        try:
+            there = asking.result(timeout)
+        except FutureTimeout:
+            raise Unavailable("Redis did not answer in time", retry_after=1) from None
+        if not there:
             raise ModelNotReady(
                 f"no GPU worker of group {self._group!r} is ready: it is down, or its Triton is",
                 retry_after=2,
