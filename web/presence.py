@@ -56,13 +56,18 @@ class Presence:
         asked = self._clock()
         try:
             there = bool(self.workers())
-            self._seen = asked if there else None
-            asking.set_result(there)
         except BaseException as error:
+            self._over()
             asking.set_exception(error)
-        finally:
-            with self._lock:
-                self._asking = None
+            return
+        self._seen = asked if there else None
+        self._over()
+        asking.set_result(there)
+
+    def _over(self) -> None:
+        """Before the answer is given: who has heard it asks anew."""
+        with self._lock:
+            self._asking = None
 
     def workers(self) -> list[str]:
         """GPU workers that are there now."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -11,10 +12,13 @@ from pathlib import Path
 import pytest
 
 from ops.embedded import Stack
-from tests.e2e.helpers import Http, hanging, ints, until
+from tests.e2e.helpers import Http, Reply, hanging, ints, together, until
+from web.presence import TTL
 
 pytestmark = pytest.mark.stack
 IDENTITY = "/v2/models/identity/infer"
+SLACK = 5
+"""Seconds a client of a busy machine may hear its answer later than it was given."""
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,54 @@ def test_a_postgres_that_hangs_stops_jobs_clearly_and_realtime_not_at_all(
     job = {"model": "identity", "input": ints(3)}
     ended = server.post("/v1/jobs", job, Prefer="wait=30")
     assert (ended.status, ended.json()["status"]) == (200, "succeeded")
+
+
+def test_a_key_that_was_good_is_not_waited_for_past_a_request_s_deadline(
+    own: Stack, server: Http
+) -> None:
+    assert server.post(IDENTITY, ints(1)).status == 200
+    with hanging(own, "postgres"):
+        time.sleep(0.5)
+        # Longer ago than the gateway trusts it without a question.
+        for _ in range(3):
+            reply, took = timed(partial(server.post, IDENTITY, ints(2), Tidegate_Deadline="1"))
+            assert reply.status == 200
+            assert took < 1 + SLACK / 2
+    until(lambda: server.get("/v1/jobs").status, 20, lambda status: status == 200)
+
+
+def test_a_redis_that_hangs_holds_up_no_question_about_models(own: Stack, server: Http) -> None:
+    paths = {"/v2/health/ready": 400, "/v2/models/stats": 503, "/v2": 503}
+    # A moment ago a worker was there: the gateway believes so still, and sends.
+    assert [server.get(path).status for path in paths] == [200] * 3
+    with hanging(own, "redis"):
+        # First while that is believed, then while it is asked.
+        for _ in range(2):
+            answers = together([partial(timed, partial(server.get, path)) for path in paths])
+            assert [reply.status for reply, _ in answers] == list(paths.values())
+            assert max(took for _, took in answers) < 5 + SLACK
+    until(lambda: server.get("/v2/health/ready").status, 20, lambda status: status == 200)
+
+
+def test_a_redis_that_hangs_does_not_outlast_a_request_s_deadline(own: Stack, server: Http) -> None:
+    assert server.post(IDENTITY, ints(1)).status == 200
+    with hanging(own, "redis"):
+        # Nobody knows any more whether a worker is there.
+        time.sleep(TTL + 0.1)
+        asked = [
+            partial(timed, partial(server.post, IDENTITY, ints(2), Tidegate_Deadline=seconds))
+            for seconds in ("0.5", "0.5", "20")
+        ]
+        answers = together(asked)
+    assert {reply.status for reply, _ in answers} <= {503, 504}
+    assert max(took for _, took in answers[:2]) < 0.5 + 1.4
+    until(lambda: server.post(IDENTITY, ints(3)).status, 20, lambda status: status == 200)
+
+
+def timed(ask: Callable[[], Reply]) -> tuple[Reply, float]:
+    """What was answered, and after how many seconds."""
+    began = time.monotonic()
+    return ask(), time.monotonic() - began
 
 
 def test_who_waits_for_a_job_hears_of_it_when_the_gateway_stops(own: Stack, server: Http) -> None:

@@ -56,12 +56,12 @@ def presence(state: State, clock: Clock) -> Presence:
 def test_a_worker_who_was_there_is_trusted_for_a_moment(
     presence: Presence, state: State, clock: Clock
 ) -> None:
-    presence.require()
+    presence.require(10)
     clock.now = TTL
-    presence.require()
+    presence.require(10)
     assert state.asked == 1
     clock.now = TTL + 0.01
-    presence.require()
+    presence.require(10)
     assert state.asked == 2
 
 
@@ -71,9 +71,9 @@ def test_without_a_worker_everybody_is_refused_until_one_is_there(
     state.names = []
     for _ in range(2):
         with pytest.raises(ModelNotReady, match="'g'"):
-            presence.require()
+            presence.require(10)
     state.names = ["worker"]
-    presence.require()
+    presence.require(10)
 
 
 def test_without_redis_everybody_is_refused_until_it_is_back(
@@ -81,9 +81,9 @@ def test_without_redis_everybody_is_refused_until_it_is_back(
 ) -> None:
     state.away = True
     with pytest.raises(Unavailable):
-        presence.require()
+        presence.require(10)
     state.away = False
-    presence.require()
+    presence.require(10)
 
 
 def test_those_who_come_while_redis_hangs_wait_once_and_together(
@@ -94,7 +94,7 @@ def test_those_who_come_while_redis_hangs_wait_once_and_together(
 
     def refused() -> str:
         try:
-            presence.require()
+            presence.require(10)
         except TidegateError as error:
             return error.code
         return "let in"
@@ -105,8 +105,26 @@ def test_those_who_come_while_redis_hangs_wait_once_and_together(
         others = [pool.submit(refused) for _ in range(7)]
         asking = presence._asking
         assert asking is not None
-        while len(asking._condition._waiters) < 7:  # type: ignore[attr-defined]
+        while len(asking._condition._waiters) < 8:  # type: ignore[attr-defined]
             assert not asking.done()
         state.goes_on.set()
         assert [one.result(10) for one in (first, *others)] == ["unavailable"] * 8
+    assert state.asked == 1
+
+
+def test_nobody_waits_longer_than_he_may_and_the_others_wait_on(
+    presence: Presence, state: State
+) -> None:
+    state.goes_on.clear()
+    with ThreadPoolExecutor(1) as pool:
+        # The one who asked first gives up first.
+        with pytest.raises(Unavailable, match="in time"):
+            presence.require(0.01)
+        patient = pool.submit(presence.require, 10)
+        with pytest.raises(Unavailable, match="in time"):
+            presence.require(0.01)
+        state.goes_on.set()
+        patient.result(10)
+    assert state.asked == 1
+    presence.require(0.01)
     assert state.asked == 1
