@@ -191,7 +191,8 @@ class Settings:
     """How long a gateway trusts what a worker said about a model."""
     key_ttl: float = 15.0
     """How long a gateway trusts an API key it has checked: the most a revocation lags. While
-    Postgres is away keys that were good stay good, for ten minutes at most."""
+    Postgres is away, or is slow to answer, keys that were good stay good, for ten minutes at most.
+    """
 
     def __post_init__(self) -> None:
         objects = _objects_problem(self.objects_url)

@@ -45,7 +45,8 @@ class KeyCache:
     """API keys that were good a moment ago. Bad ones are asked for each time, and never kept.
 
     Asked for again once half their time is over, by one thread for all requests that come with the
-    key: while Postgres answers nobody waits for it, and a revoked key works for its time at most.
+    key, none of which waits. Past their time they wait for the answer, a moment: a revoked key
+    works for its time at most, unless Postgres is away or slow.
     """
 
     def __init__(

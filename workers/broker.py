@@ -26,6 +26,7 @@ def transport_options(settings: Settings) -> dict[str, Any]:
         "visibility_timeout": 3600,
         "unacked_restore_interval": 5,
         "unacked_restore_throttle": 1,
+        # Of who receives. Who sends is less patient: see `tasks.messages`.
         "socket_timeout": 15,
         "socket_connect_timeout": CONNECT_TIMEOUT,
         "socket_keepalive": True,

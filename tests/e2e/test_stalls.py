@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from errors import Unavailable
 from ops.embedded import Stack
+from tasks import messages
+from tests.conftest import BROKER, settings_of
 from tests.e2e.helpers import Http, Reply, hanging, ints, together, until
 from web.presence import TTL
+from workers.app import build_app
 
 pytestmark = pytest.mark.stack
 IDENTITY = "/v2/models/identity/infer"
@@ -91,6 +95,19 @@ def test_a_redis_that_hangs_does_not_outlast_a_request_s_deadline(own: Stack, se
     assert {reply.status for reply, _ in answers} <= {503, 504}
     assert max(took for _, took in answers[:2]) < 0.5 + 1.4
     until(lambda: server.post(IDENTITY, ints(3)).status, 20, lambda status: status == 200)
+
+
+def test_who_sends_to_a_broker_that_hangs_hears_so_soon(own: Stack) -> None:
+    build_app(settings_of(own))
+    queue = messages.batch_queue("nobody")
+    messages.send(messages.CHUNKS, queue, ids=[])
+    with hanging(own, BROKER):
+        for _ in range(2):
+            began = time.monotonic()
+            with pytest.raises(Unavailable):
+                messages.send(messages.CHUNKS, queue, ids=[])
+            assert time.monotonic() - began < 3 * messages.SEND_TIMEOUT + SLACK
+    messages.send(messages.CHUNKS, queue, ids=[])
 
 
 def timed(ask: Callable[[], Reply]) -> tuple[Reply, float]:
