@@ -92,8 +92,11 @@ def test_a_redis_that_hangs_does_not_outlast_a_request_s_deadline(own: Stack, se
             for seconds in ("0.5", "0.5", "20")
         ]
         answers = together(asked)
-    assert {reply.status for reply, _ in answers} <= {503, 504}
-    assert max(took for _, took in answers[:2]) < 0.5 + 1.4
+    assert [reply.status for reply, _ in answers] == [503] * 3
+    # Who has the time hears what became of the question; the others, that theirs is over.
+    told = [reply.json()["error"] for reply, _ in answers]
+    assert ["in time" in error for error in told] == [True, True, False]
+    assert max(took for _, took in answers) < 2 + SLACK
     until(lambda: server.post(IDENTITY, ints(3)).status, 20, lambda status: status == 200)
 
 
