@@ -395,6 +395,7 @@ PHRASES: Final[Sequence[tuple[grpc.StatusCode, str, type[TidegateError]]]] = (
     # The process of a Python model died or hung, and is started again: whose fault that was, the
     # next attempts show.
     (grpc.StatusCode.INTERNAL, "is not healthy", TidegateError),
+    (grpc.StatusCode.INTERNAL, "failed to retrieve the response error", TidegateError),
     # Its queue: the request's `timeout` passed there, or there was no room.
     (grpc.StatusCode.UNAVAILABLE, "timeout expired", DeadlineExceeded),
     (grpc.StatusCode.UNAVAILABLE, "exceeds maximum queue size", Unavailable),

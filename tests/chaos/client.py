@@ -123,7 +123,7 @@ class Client:
     # Work
 
     def job(
-        self, item: Item, *, key: str | None = None, within: float = 600, **parameters: object
+        self, item: Item, *, key: str | None = None, within: float = 3600, **parameters: object
     ) -> UUID:
         """Submit one inference."""
         key = key or secrets.token_hex(8)

@@ -295,18 +295,15 @@ class Run:
                 return
 
     @contextlib.contextmanager
-    def frozen(self, name: str) -> Iterator[None]:
-        """SIGSTOP a process and its children, then SIGCONT."""
+    def frozen(self, name: str, *, children: bool = True) -> Iterator[None]:
+        """SIGSTOP a process, its children as well unless told otherwise, then SIGCONT."""
         top = psutil.Process(self.stack.pid(name))
-        family = [top, *top.children(recursive=True)]
-        for process in family:
-            process.send_signal(signal.SIGSTOP)
+        family = [top, *(top.children(recursive=True) if children else ())]
+        _signal(family, signal.SIGSTOP)
         try:
             yield
         finally:
-            for process in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.send_signal(signal.SIGCONT)
+            _signal(family, signal.SIGCONT)
 
     @contextlib.contextmanager
     def dying(self, name: str, point: str, passage: int, deaths: int) -> Iterator[Path]:
@@ -379,6 +376,12 @@ class Run:
             )
         )
         return replace(verdict, problems=(*self.problems, *verdict.problems))
+
+
+def _signal(family: Iterable[psutil.Process], number: signal.Signals) -> None:
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 def _gateway(words: Sequence[str | Path]) -> Sequence[str | Path]:

@@ -329,9 +329,12 @@ def test_triton_means_what_it_says(status: str, details: str, kind: type[Tidegat
     assert isinstance(translate(grpc.StatusCode[status], details), kind)
 
 
-def test_a_model_whose_process_died_did_not_refuse_its_input() -> None:
-    error = translate(grpc.StatusCode.INTERNAL, "Stub process 'identity_0_2' is not healthy.")
-    assert error.retry is Retry.COUNTED
+@pytest.mark.parametrize(
+    "details",
+    ["Stub process 'identity_0_2' is not healthy.", "Failed to retrieve the response error."],
+)
+def test_a_model_whose_process_died_did_not_refuse_its_input(details: str) -> None:
+    assert translate(grpc.StatusCode.INTERNAL, details).retry is Retry.COUNTED
 
 
 def test_a_models_traceback_stays_with_its_operator() -> None:
