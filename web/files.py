@@ -10,13 +10,14 @@ from typing import IO
 
 import uuid_utils.compat as uuids
 from flask import Response, request
+from werkzeug.exceptions import UnsupportedMediaType
 
 from errors import BadRequest, TooLarge
 from storage import objects
 from storage.files import FileRow, file_key
 from web import idempotency, schemas, views
 from web.context import gateway
-from web.http import page_limit, read_uuid, require_key, tenant
+from web.http import page_after, page_limit, read_uuid, require_key, tenant
 from web.json import ApiBlueprint, respond
 
 blueprint = ApiBlueprint(
@@ -38,6 +39,9 @@ def _limit() -> None:
 @blueprint.alt_response(200, schema=schemas.File)
 def create() -> Response:
     """Upload a file: multipart with `file` and `purpose=batch`."""
+    if request.mimetype != "multipart/form-data":
+        # Before it is looked at: a form of another kind would be read whole, and split.
+        raise UnsupportedMediaType("the body must be multipart/form-data")
     purpose = request.form.get("purpose")
     if purpose != "batch":
         raise BadRequest('purpose: must be "batch"', param="purpose")
@@ -82,9 +86,15 @@ def _blocks(stream: IO[bytes], most: int, digest: hashlib._Hash) -> Iterator[byt
 
 def _ttl() -> int | None:
     """Seconds to keep the file; None where it doesn't say."""
-    seconds = request.form.get("expires_after[seconds]")
-    if seconds is None:
+    told = {name for name in request.form if name.startswith("expires_after")}
+    if not told:
         return None
+    if not told <= {"expires_after[anchor]", "expires_after[seconds]"}:
+        raise BadRequest(
+            "expires_after: is sent as expires_after[anchor] and expires_after[seconds]",
+            param="expires_after",
+        )
+    seconds = request.form.get("expires_after[seconds]", "")
     if request.form.get("expires_after[anchor]", "created_at") != "created_at":
         raise BadRequest('expires_after.anchor: must be "created_at"', param="expires_after")
     if not re.fullmatch(r"[0-9]{1,7}", seconds) or not 3600 <= int(seconds) <= 2_592_000:
@@ -99,10 +109,9 @@ def files() -> Response:
     order = request.args.get("order", "desc")
     if order not in ("asc", "desc"):
         raise BadRequest("order: asc or desc", param="order")
-    after = request.args.get("after")
     rows = gateway().services.files.list(
         tenant(),
-        after=read_uuid(after, "file-", "file") if after else None,
+        after=page_after(lambda text: read_uuid(text, "file-", "file")),
         limit=limit + 1,
         purpose=request.args.get("purpose"),
         ascending=order == "asc",

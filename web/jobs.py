@@ -22,6 +22,8 @@ from web.context import gateway
 from web.http import (
     about,
     deadline,
+    limit_body,
+    page_after,
     page_limit,
     preference,
     read_uuid,
@@ -37,6 +39,12 @@ blueprint.before_request(require_json)
 
 RECORD_PATIENCE = 1.0
 """Seconds a realtime record may lag behind its answer before we say that it is not there."""
+
+
+@blueprint.before_request
+def _limit() -> None:
+    if request.endpoint != "jobs.submit":  # whose body holds tensors
+        limit_body()
 
 
 @blueprint.post("")
@@ -76,8 +84,7 @@ def _accept(body: dict[str, Any], once: Once | None) -> UUID:
 def jobs() -> Response:
     """This tenant's jobs, newest first. Filters: `kind`, `status`; pages: `limit`, `after`."""
     limit = page_limit(20, 100)
-    after = request.args.get("after")
-    cursor = read_uuid(after, "", "job") if after else None
+    cursor = page_after(lambda text: read_uuid(text, "", "job"))
     kinds, state = _kinds(), _state()
     found: list[tuple[UUID, dict[str, Any]]] = []
     durable_kinds = [kind for kind in kinds if kind is not JobKind.REALTIME]
@@ -169,8 +176,6 @@ def result(job_id: str) -> Response:
         raise Conflict(f"a batch's results are files: see /v1/batches/{views.batch_id(row.id)}")
     if not JobState(row.state).terminal:
         raise Conflict(f"the job is {row.state}: it has no result yet", retry_after=1)
-    if row.state == JobState.CANCELED:
-        raise Conflict("the job was canceled: it has no result")
     outcome = durable.result(found, row)
     binary = "application/octet-stream" in request.headers.get("Accept", "")
     body, header_length = oip.render_infer(outcome, oip.ResponseFormat(binary=binary))
@@ -183,8 +188,10 @@ def result(job_id: str) -> Response:
 @blueprint.post("/<job_id>/cancel")
 @blueprint.alt_response(202, schema=schemas.Job)
 def cancel(job_id: str) -> Response:
-    """Call a job off; again is fine. 409 where it has ended otherwise."""
+    """Call a job off; again is fine. 409 where it has ended otherwise, or is a realtime request."""
     found = read_uuid(job_id, "", "job")
+    if gateway().services.ids.minted(found, tenant()):
+        raise Conflict("a realtime request is not called off: close its connection")
     gateway().services.jobs.cancel(tenant(), found)
     gateway().services.pump.kick(gateway().services.settings.group)
     return respond(views.job(gateway().services.jobs.get(tenant(), found)), 202)
