@@ -13,7 +13,7 @@ from storage.idempotency import Once
 from storage.lifecycle import JobKind, JobState, Priority
 from storage.work import NewBatch, NewJob
 from tasks.batch_lines import parse_endpoint
-from web import etags, files, idempotency, schemas, views
+from web import described, etags, files, idempotency, schemas, views
 from web.context import gateway
 from web.http import (
     about,
@@ -87,6 +87,8 @@ def _find(job_id: UUID) -> Any:
 
 
 @blueprint.get("")
+@blueprint.doc(parameters=described.page(20, 100))
+@blueprint.alt_response(200, schema=schemas.BatchPage)
 def batches() -> Response:
     """This tenant's batches, newest first. `limit`, `after`."""
     limit = page_limit(20, 100)

@@ -10,7 +10,7 @@ from flask import Response, g, request
 
 from errors import BadRequest, NotFound
 from storage.dead_letters import LetterFilter
-from web import idempotency, schemas, views
+from web import described, idempotency, schemas, views
 from web.context import gateway
 from web.http import (
     chosen_by,
@@ -42,6 +42,7 @@ def _id(text: str) -> int:
 
 
 @blueprint.get("")
+@blueprint.doc(parameters=[*described.LETTERS, *described.page(20, 100)])
 @blueprint.alt_response(200, schema=schemas.DeadLetterPage)
 def letters() -> Response:
     """What was given up, newest first. Filters: `job_id`, `model`, `code`, `redriven`; pages:

@@ -15,7 +15,7 @@ from werkzeug.exceptions import UnsupportedMediaType
 from errors import BadRequest, TooLarge
 from storage import objects
 from storage.files import FileRow, file_key
-from web import idempotency, schemas, views
+from web import described, idempotency, schemas, views
 from web.context import gateway
 from web.http import page_after, page_limit, read_uuid, require_key, tenant
 from web.json import ApiBlueprint, respond
@@ -35,7 +35,7 @@ def _limit() -> None:
 
 
 @blueprint.post("")
-@blueprint.doc(parameters=[idempotency.PARAMETER])
+@blueprint.doc(parameters=[idempotency.PARAMETER], requestBody=described.UPLOAD)
 @blueprint.alt_response(200, schema=schemas.File)
 def create() -> Response:
     """Upload a file: multipart with `file` and `purpose=batch`."""
@@ -103,6 +103,8 @@ def _ttl() -> int | None:
 
 
 @blueprint.get("")
+@blueprint.doc(parameters=[described.PURPOSE, described.ORDER, *described.page(10_000, 10_000)])
+@blueprint.alt_response(200, schema=schemas.FilePage)
 def files() -> Response:
     """This tenant's files. `purpose`, `order=asc|desc`, `limit`, `after`."""
     limit = page_limit(10_000, 10_000)
@@ -145,7 +147,7 @@ def content(file_id: str) -> Response:
 
 
 @blueprint.delete("/<file_id>")
-@blueprint.alt_response(200, description="`{id, object, deleted}`")
+@blueprint.alt_response(200, schema=schemas.Deleted)
 def delete(file_id: str) -> Response:
     """Forget a file. A batch that runs over it goes on."""
     row = find(file_id)

@@ -17,7 +17,7 @@ from storage import ids
 from storage.idempotency import Once
 from storage.lifecycle import JobKind, JobState, Priority
 from tasks.bootstrap import Services
-from web import durable, etags, idempotency, schemas, streams, views
+from web import described, durable, etags, idempotency, schemas, streams, views
 from web.context import gateway
 from web.http import (
     about,
@@ -48,7 +48,7 @@ def _limit() -> None:
 
 
 @blueprint.post("")
-@blueprint.doc(parameters=[idempotency.PARAMETER])
+@blueprint.doc(parameters=[idempotency.PARAMETER, described.PREFER, described.DEADLINE])
 @blueprint.arguments(schemas.JobSubmit)
 @blueprint.alt_response(202, schema=schemas.Job, description="Accepted: the job is durable.")
 @blueprint.alt_response(200, schema=schemas.Job, description="Ended within `Prefer: wait=n`.")
@@ -80,6 +80,7 @@ def _accept(body: dict[str, Any], once: Once | None) -> UUID:
 
 
 @blueprint.get("")
+@blueprint.doc(parameters=[described.KIND, described.STATUS, *described.page(20, 100)])
 @blueprint.alt_response(200, schema=schemas.JobPage)
 def jobs() -> Response:
     """This tenant's jobs, newest first. Filters: `kind`, `status`; pages: `limit`, `after`."""

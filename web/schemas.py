@@ -272,6 +272,24 @@ class File(Schema):
     status_details = fields.String(allow_none=True)
 
 
+class FilePage(Schema):
+    """Files; `after=last_id` gives the next ones."""
+
+    object = fields.Constant("list")
+    data = fields.List(fields.Nested(File))
+    first_id = fields.String(allow_none=True)
+    last_id = fields.String(allow_none=True)
+    has_more = fields.Boolean()
+
+
+class Deleted(Schema):
+    """What is no more."""
+
+    id = fields.String()
+    object = fields.String()
+    deleted = fields.Boolean()
+
+
 class Batch(Schema):
     """A batch, as OpenAI describes it."""
 
@@ -285,8 +303,27 @@ class Batch(Schema):
     status = fields.String()
     output_file_id = fields.String(allow_none=True)
     error_file_id = fields.String(allow_none=True)
+    created_at = fields.Integer()
+    in_progress_at = fields.Integer(allow_none=True)
+    expires_at = fields.Integer()
+    finalizing_at = fields.Integer(allow_none=True)
+    completed_at = fields.Integer(allow_none=True)
+    failed_at = fields.Integer(allow_none=True)
+    expired_at = fields.Integer(allow_none=True)
+    cancelling_at = fields.Integer(allow_none=True)
+    cancelled_at = fields.Integer(allow_none=True)
     request_counts = fields.Nested(Items)
     metadata = fields.Dict()
+
+
+class BatchPage(Schema):
+    """Batches, newest first; `after=last_id` gives the next ones."""
+
+    object = fields.Constant("list")
+    data = fields.List(fields.Nested(Batch))
+    first_id = fields.String(allow_none=True)
+    last_id = fields.String(allow_none=True)
+    has_more = fields.Boolean()
 
 
 def _event_types(**options: Any) -> fields.Field[Any]:
@@ -355,6 +392,33 @@ class Webhook(Schema):
     enabled = fields.Boolean()
     disabled_at = fields.Integer(allow_none=True)
     disabled_reason = fields.String(allow_none=True)
+
+
+class WebhookPage(Schema):
+    """Endpoints, newest first; `after=last_id` gives the next ones."""
+
+    object = fields.Constant("list")
+    data = fields.List(fields.Nested(Webhook))
+    first_id = fields.String(allow_none=True)
+    last_id = fields.String(allow_none=True)
+    has_more = fields.Boolean()
+
+
+class EventTypes(Schema):
+    """The events there are."""
+
+    object = fields.Constant("list")
+    data = fields.List(fields.String())
+
+
+class WebhookTested(Schema):
+    """What a test was answered."""
+
+    object = fields.Constant("webhook_endpoint.test")
+    webhook_endpoint_id = fields.String()
+    event_type = fields.String()
+    status_code = fields.Integer()
+    success = fields.Boolean()
 
 
 class WebhookWithSecret(Webhook):

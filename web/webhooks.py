@@ -17,7 +17,7 @@ from errors import BadRequest, Unavailable
 from storage import events
 from storage.events import DeliveryState
 from tasks import egress
-from web import idempotency, schemas, views
+from web import described, idempotency, schemas, views
 from web.context import gateway
 from web.http import (
     about,
@@ -41,6 +41,7 @@ PATIENCE = 5.0
 
 
 @blueprint.get("/webhook_event_types")
+@blueprint.alt_response(200, schema=schemas.EventTypes)
 def event_types() -> Response:
     """The events there are."""
     return respond({"object": "list", "data": events.TYPES})
@@ -93,6 +94,8 @@ def _read(webhook_id: str) -> UUID:
 
 
 @blueprint.get("/webhook_endpoints")
+@blueprint.doc(parameters=described.page(20, 100))
+@blueprint.alt_response(200, schema=schemas.WebhookPage)
 def webhooks() -> Response:
     """This tenant's endpoints, newest first. `limit`, `after`."""
     limit = page_limit(20, 100)
@@ -127,6 +130,7 @@ def update(body: dict[str, Any], webhook_id: str) -> Response:
 
 
 @blueprint.delete("/webhook_endpoints/<webhook_id>")
+@blueprint.alt_response(200, schema=schemas.Deleted)
 def delete(webhook_id: str) -> Response:
     """Remove an endpoint, and what was to be delivered there."""
     gateway().services.webhooks.delete(tenant(), _read(webhook_id))
@@ -151,6 +155,7 @@ def rotate_secret(body: dict[str, Any], webhook_id: str) -> Response:
 @blueprint.post("/webhook_endpoints/<webhook_id>/test")
 @blueprint.doc(parameters=[idempotency.PARAMETER])
 @blueprint.arguments(schemas.WebhookTest)
+@blueprint.alt_response(200, schema=schemas.WebhookTested)
 def test(body: dict[str, Any], webhook_id: str) -> Response:
     """Send a sample event, once, and wait for what the endpoint answers."""
     found = _read(webhook_id)
@@ -186,6 +191,7 @@ def test(body: dict[str, Any], webhook_id: str) -> Response:
 
 
 @blueprint.get("/webhook_endpoints/<webhook_id>/deliveries")
+@blueprint.doc(parameters=[described.STATE, *described.page(20, 100)])
 @blueprint.alt_response(200, schema=schemas.DeliveryPage)
 def deliveries(webhook_id: str) -> Response:
     """What was to be delivered, newest first, with each try. `state`, `limit`, `after`."""
