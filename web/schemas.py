@@ -163,6 +163,15 @@ class BatchCreate(Body):
     metadata = _metadata()
 
 
+class _Page(Schema):
+    """A part of a list."""
+
+    object = fields.Constant("list")
+    first_id = fields.String(allow_none=True)
+    last_id = fields.String(allow_none=True)
+    has_more = fields.Boolean()
+
+
 class Items(Schema):
     total = fields.Integer()
     completed = fields.Integer()
@@ -226,14 +235,10 @@ class DeadLetter(Schema):
     urls = fields.Dict()
 
 
-class DeadLetterPage(Schema):
+class DeadLetterPage(_Page):
     """Dead letters, newest first; `after=last_id` gives the next ones."""
 
-    object = fields.Constant("list")
     data = fields.List(fields.Nested(DeadLetter))
-    first_id = fields.String(allow_none=True)
-    last_id = fields.String(allow_none=True)
-    has_more = fields.Boolean()
 
 
 class Redriven(Schema):
@@ -248,14 +253,10 @@ class Redriven(Schema):
     has_more = fields.Boolean()
 
 
-class JobPage(Schema):
+class JobPage(_Page):
     """Jobs, newest first; `after=last_id` gives the next ones."""
 
-    object = fields.Constant("list")
     data = fields.List(fields.Nested(Job))
-    first_id = fields.String(allow_none=True)
-    last_id = fields.String(allow_none=True)
-    has_more = fields.Boolean()
 
 
 class File(Schema):
@@ -272,14 +273,10 @@ class File(Schema):
     status_details = fields.String(allow_none=True)
 
 
-class FilePage(Schema):
+class FilePage(_Page):
     """Files; `after=last_id` gives the next ones."""
 
-    object = fields.Constant("list")
     data = fields.List(fields.Nested(File))
-    first_id = fields.String(allow_none=True)
-    last_id = fields.String(allow_none=True)
-    has_more = fields.Boolean()
 
 
 class Deleted(Schema):
@@ -316,14 +313,10 @@ class Batch(Schema):
     metadata = fields.Dict()
 
 
-class BatchPage(Schema):
+class BatchPage(_Page):
     """Batches, newest first; `after=last_id` gives the next ones."""
 
-    object = fields.Constant("list")
     data = fields.List(fields.Nested(Batch))
-    first_id = fields.String(allow_none=True)
-    last_id = fields.String(allow_none=True)
-    has_more = fields.Boolean()
 
 
 def _event_types(**options: Any) -> fields.Field[Any]:
@@ -394,14 +387,10 @@ class Webhook(Schema):
     disabled_reason = fields.String(allow_none=True)
 
 
-class WebhookPage(Schema):
+class WebhookPage(_Page):
     """Endpoints, newest first; `after=last_id` gives the next ones."""
 
-    object = fields.Constant("list")
     data = fields.List(fields.Nested(Webhook))
-    first_id = fields.String(allow_none=True)
-    last_id = fields.String(allow_none=True)
-    has_more = fields.Boolean()
 
 
 class EventTypes(Schema):
@@ -455,11 +444,7 @@ class Delivery(Schema):
     attempts = fields.List(fields.Nested(DeliveryAttempt))
 
 
-class DeliveryPage(Schema):
+class DeliveryPage(_Page):
     """Deliveries, newest first; `after=last_id` gives the next ones."""
 
-    object = fields.Constant("list")
     data = fields.List(fields.Nested(Delivery))
-    first_id = fields.String(allow_none=True)
-    last_id = fields.String(allow_none=True)
-    has_more = fields.Boolean()

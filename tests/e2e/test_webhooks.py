@@ -202,7 +202,7 @@ def test_a_rotation_sent_again_under_its_key_rotates_once(fresh: Http) -> None:
     assert first.json()["signing_secret"] != made["signing_secret"]
     assert [reply.headers["Idempotent-Replayed"] for reply in (first, again)] == [None, "true"]
     other = fresh.post(path, Idempotency_Key="once")
-    assert (other.status, other.json()["error"]["param"]) == (400, "Idempotency-Key")
+    assert (other.status, other.json()["error"]["param"]) == (422, "Idempotency-Key")
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -418,6 +418,30 @@ def test_a_test_says_what_the_endpoint_answered(client: openai.OpenAI, receiver:
     with pytest.raises(openai.BadRequestError, match="refused") as caught:
         client.webhooks.test(endpoint.id, event_type="batch.completed")
     assert caught.value.param == "url"
+
+
+def test_what_is_sent_again_under_its_key_is_delivered_once(
+    server: Http, client: openai.OpenAI, receiver: Receiver
+) -> None:
+    endpoint = client.webhooks.create(name="n", url=receiver.url, event_types=JOB_EVENTS)
+    path = f"{ENDPOINTS}/{endpoint.id}"
+    tests = [
+        server.post(f"{path}/test", {"event_type": "job.failed"}, Idempotency_Key="test")
+        for _ in range(2)
+    ]
+    (delivery,) = logged(server, endpoint.id, "delivered")
+    first = server.post(f"{path}/deliveries/{delivery['id']}/resend", Idempotency_Key="resend")
+    until(lambda: len(receiver.received) == 2, 20)
+    logged(server, endpoint.id, "delivered")
+    again = server.post(f"{path}/deliveries/{delivery['id']}/resend", Idempotency_Key="resend")
+
+    assert [(reply.status, reply.json()) for reply in tests] == [(200, tests[0].json())] * 2
+    assert (first.status, again.status) == (202, 202)
+    assert (again.json()["id"], again.json()["state"]) == (delivery["id"], "delivered")
+    for one, other in (tests, (first, again)):
+        assert one.headers["Idempotent-Replayed"] is None
+        assert other.headers["Idempotent-Replayed"] == "true"
+    assert len(receiver.received) == 2
 
 
 def test_jobs_end_while_a_receiver_hangs(

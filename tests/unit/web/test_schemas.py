@@ -16,7 +16,7 @@ BATCH = {"input_file_id": "f", "endpoint": "e", "completion_window": "1h"}
 WEBHOOK = {"name": "n", "url": "u"}
 
 
-def wrong(schema: Schema, body: object) -> Any:
+def wrong(schema: Schema, body: dict[str, Any]) -> Any:
     with pytest.raises(ValidationError) as caught:
         schema.load(body)
     return caught.value.messages
