@@ -45,15 +45,19 @@ class Redriven:
     """Letters whose input is not kept any more."""
     more: bool = False
     """There are more letters than one call takes."""
+    again: bool = field(default=False, compare=False)
+    """It was made earlier, by a request with the same key."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"jobs": [str(job) for job in self.jobs]}
+        told = asdict(self) | {"jobs": [str(job) for job in self.jobs]}
+        del told["again"]
+        return told
 
     @classmethod
     def from_json(cls, told: dict[str, Any]) -> Redriven:
-        """What `to_json` made."""
+        """What `to_json` made, again."""
         jobs = tuple(UUID(job) for job in told["jobs"])
-        return cls(jobs, told["letters"], tuple(told["gone"]), told["more"])
+        return cls(jobs, told["letters"], tuple(told["gone"]), told["more"], again=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +123,7 @@ class DeadLetters:
         """Run the oldest `limit` letters again that have not been, one new job for each old one.
         Those that another call is redriving right now are left to it. Raises `KeyReused`."""
         with self.database.transaction() as connection:
-            mark = uuids.uuid7()
-            if idempotency.settle(connection, once, mark) != mark:
+            if idempotency.seen(connection, once):
                 return Redriven.from_json(idempotency.answer(connection, once))
             rows = connection.execute(
                 sa.select(*_LETTER)

@@ -17,9 +17,10 @@ import sqlalchemy as sa
 import uuid_utils.compat as uuids
 
 from errors import Conflict, NotFound
-from storage import events, moves, tables, webhooks
+from storage import events, idempotency, moves, tables, webhooks
 from storage.database import Database, Row
 from storage.events import DeliveryState
+from storage.idempotency import Once
 from storage.lifecycle import JobKind
 
 _deliveries, _attempts, _webhooks = (
@@ -154,9 +155,17 @@ class Deliveries:
                 webhooks.disable(connection, delivery.webhook_id, disable)
             return bool(held)
 
-    def sample(self, tenant_id: UUID, webhook_id: UUID, event: str) -> UUID:
-        """Make up an event and send it, once. Raises `NotFound`; `Conflict` where the endpoint is
-        disabled."""
+    def sample(
+        self,
+        tenant_id: UUID,
+        webhook_id: UUID,
+        event: str,
+        *,
+        delivery_id: UUID | None = None,
+        once: Once | None = None,
+    ) -> UUID:
+        """Make up an event and send it, once; or the one that `once` made before. Raises
+        `NotFound`; `Conflict` where the endpoint is disabled; `KeyReused`."""
         ends = next(end for end, name in events.OF_END.items() if name == event)
         about = uuids.uuid7()
         data = (
@@ -164,8 +173,11 @@ class Deliveries:
             if ends[0] is JobKind.BATCH
             else {"id": str(about), "status": ends[1].value}
         )
-        delivery_id = uuids.uuid7()
+        delivery_id = delivery_id or uuids.uuid7()
         with self.database.transaction() as connection:
+            made = idempotency.settle(connection, once, delivery_id)
+            if made != delivery_id:
+                return made
             _enabled(connection, tenant_id, webhook_id)
             seconds: int = connection.execute(
                 sa.select(sa.cast(sa.func.floor(sa.extract("epoch", moves.now)), sa.BigInteger))
@@ -190,10 +202,15 @@ class Deliveries:
             )
         return delivery_id
 
-    def resend(self, tenant_id: UUID, webhook_id: UUID, delivery_id: UUID) -> None:
+    def resend(
+        self, tenant_id: UUID, webhook_id: UUID, delivery_id: UUID, once: Once | None = None
+    ) -> bool:
         """Try a delivery once more at once, whatever came of it; one that is being tried this
-        moment is not tried twice. Raises `NotFound`; `Conflict` where the endpoint is disabled."""
+        moment is not tried twice. True: `once` had that done before. Raises `NotFound`; `Conflict`
+        where the endpoint is disabled; `KeyReused`."""
         with self.database.transaction() as connection:
+            if idempotency.seen(connection, once):
+                return True
             _enabled(connection, tenant_id, webhook_id)
             which = sa.and_(
                 _deliveries.id == delivery_id,
@@ -218,6 +235,7 @@ class Deliveries:
                     finished_at=None,
                 )
             )
+        return False
 
     def get(self, tenant_id: UUID, webhook_id: UUID, delivery_id: UUID) -> tuple[Row, list[Row]]:
         """A delivery and its tries. Raises `NotFound`."""

@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
+import uuid_utils.compat as uuids
 from sqlalchemy.dialects.postgresql import insert
 
 from errors import KeyReused
@@ -63,6 +64,13 @@ def settle(connection: sa.Connection, once: Once | None, made: UUID) -> UUID:
         return made
     # The insert has locked the row that it ran into: it is there.
     return _earlier(connection, once) or made
+
+
+def seen(connection: sa.Connection, once: Once | None) -> bool:
+    """Whether an earlier request with the key has done what this transaction is about to do, which
+    makes nothing of its own. Raises `KeyReused`."""
+    mark = uuids.uuid7()
+    return settle(connection, once, mark) != mark
 
 
 def keep_answer(connection: sa.Connection, once: Once | None, answer: dict[str, Any]) -> None:

@@ -122,17 +122,20 @@ class Webhooks:
                 row = disable(connection, webhook_id, BY_HAND)
             return row
 
-    def rotate(self, tenant_id: UUID, webhook_id: UUID, *, keep: bool) -> Row:
-        """Sign with a new secret; with the one before as well for a day, where it is kept.
-        Raises `NotFound`."""
+    def rotate(
+        self, tenant_id: UUID, webhook_id: UUID, *, keep: bool, once: Once | None = None
+    ) -> tuple[Row, bool]:
+        """Sign with a new secret; with the one before as well for a day, where it is kept. Where
+        `once` was there before, nothing is rotated, and True says so: the secret that it made may
+        be the one kept. Raises `NotFound`, `KeyReused`."""
         with self.database.transaction() as connection:
+            again = idempotency.seen(connection, once)
             row = _locked(connection, tenant_id, webhook_id)
+            if again:
+                return row, True
             until = moves.now + moves.seconds(OVERLAP) if keep else None
-            return _changed(
-                connection,
-                webhook_id,
-                {"generation": row.generation + 1, "previous_until": until},
-            )
+            changes = {"generation": row.generation + 1, "previous_until": until}
+            return _changed(connection, webhook_id, changes), False
 
     def delete(self, tenant_id: UUID, webhook_id: UUID) -> None:
         """With everything that was to be delivered there, in slices: it may be a lot. Nothing more

@@ -20,10 +20,13 @@ from tasks.bootstrap import Services, WorkerServices
 from tasks.leases import Held
 
 _UNDONE = {
-    ChunkState.CANCELED: ("batch_cancelled", "the batch was cancelled before this line ran"),
+    ChunkState.CANCELED: (
+        "batch_cancelled",
+        "the batch was cancelled before this line was finished",
+    ),
     ChunkState.EXPIRED: (
         "batch_expired",
-        "the batch's completion window ended before this line ran",
+        "the batch's completion window ended before this line was finished",
     ),
 }
 

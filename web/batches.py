@@ -6,20 +6,30 @@ from typing import Any
 from uuid import UUID
 
 import uuid_utils.compat as uuids
-from flask import Response, request
+from flask import Response
 
 from errors import BadRequest, Conflict, NotFound
 from storage.idempotency import Once
 from storage.lifecycle import JobKind, JobState, Priority
 from storage.work import NewBatch, NewJob
 from tasks.batch_lines import parse_endpoint
-from web import etags, files, idempotency, schemas, views
+from web import described, etags, files, idempotency, schemas, views
 from web.context import gateway
-from web.http import about, page_limit, read_uuid, require_json, require_key, tenant
+from web.http import (
+    about,
+    limit_body,
+    page_after,
+    page_limit,
+    read_uuid,
+    require_json,
+    require_key,
+    tenant,
+)
 from web.json import ApiBlueprint, respond
 
 blueprint = ApiBlueprint("batches", __name__, url_prefix="/v1/batches", description="Batches")
 blueprint.before_request(require_key)
+blueprint.before_request(limit_body)
 blueprint.before_request(require_json)
 
 
@@ -77,13 +87,14 @@ def _find(job_id: UUID) -> Any:
 
 
 @blueprint.get("")
+@blueprint.doc(parameters=described.page(20, 100))
+@blueprint.alt_response(200, schema=schemas.BatchPage)
 def batches() -> Response:
     """This tenant's batches, newest first. `limit`, `after`."""
     limit = page_limit(20, 100)
-    after = request.args.get("after")
     rows = gateway().services.jobs.list(
         tenant(),
-        after=read_uuid(after, "batch_", "batch") if after else None,
+        after=page_after(lambda text: read_uuid(text, "batch_", "batch")),
         limit=limit + 1,
         kinds=[JobKind.BATCH],
     )
@@ -96,7 +107,9 @@ def batches() -> Response:
 @blueprint.alt_response(304, description="As it was.")
 def retrieve(batch_id: str) -> Response:
     """How a batch is doing."""
-    return etags.respond(views.batch(_find(read_uuid(batch_id, "batch_", "batch"))))
+    row = _find(read_uuid(batch_id, "batch_", "batch"))
+    over = JobState(row.state).terminal
+    return etags.respond(views.batch(row), {} if over else {"Retry-After": "1"})
 
 
 @blueprint.post("/<batch_id>/cancel")

@@ -6,19 +6,29 @@ import re
 from typing import Any
 from uuid import UUID
 
-from flask import Response, request
+from flask import Response, g, request
 
 from errors import BadRequest, NotFound
 from storage.dead_letters import LetterFilter
-from web import idempotency, schemas, views
+from web import described, idempotency, schemas, views
 from web.context import gateway
-from web.http import page_limit, read_uuid, require_json, require_key, tenant
+from web.http import (
+    chosen_by,
+    limit_body,
+    page_after,
+    page_limit,
+    read_uuid,
+    require_json,
+    require_key,
+    tenant,
+)
 from web.json import ApiBlueprint, respond
 
 blueprint = ApiBlueprint(
     "dead-letters", __name__, url_prefix="/v1/dead-letters", description="Dead letters"
 )
 blueprint.before_request(require_key)
+blueprint.before_request(limit_body)
 blueprint.before_request(require_json)
 
 _LETTER = re.compile(r"dl_([1-9][0-9]{0,17})")
@@ -32,21 +42,21 @@ def _id(text: str) -> int:
 
 
 @blueprint.get("")
+@blueprint.doc(parameters=[*described.LETTERS, *described.page(20, 100)])
 @blueprint.alt_response(200, schema=schemas.DeadLetterPage)
 def letters() -> Response:
     """What was given up, newest first. Filters: `job_id`, `model`, `code`, `redriven`; pages:
     `limit`, `after`."""
     limit = page_limit(20, 100)
-    after = request.args.get("after")
     redriven = request.args.get("redriven")
     if redriven not in (None, "true", "false"):
         raise BadRequest("redriven: true or false", param="redriven")
     rows = gateway().services.dead_letters.list(
         tenant(),
-        after=_id(after) if after else None,
+        after=page_after(_id),
         limit=limit + 1,
         chosen=LetterFilter(
-            job_id=_job_id(request.args.get("job_id")),
+            job_id=_job_id(request.args.get("job_id"), "job_id"),
             model=request.args.get("model"),
             code=request.args.get("code"),
             redriven=None if redriven is None else redriven == "true",
@@ -55,12 +65,13 @@ def letters() -> Response:
     return respond(views.page(rows, limit, views.dead_letter))
 
 
-def _job_id(text: str | None) -> UUID | None:
+def _job_id(text: str | None, param: str) -> UUID | None:
     if text is None:
         return None
-    if text.startswith("batch_"):
-        return read_uuid(text, "batch_", "batch")
-    return read_uuid(text, "", "job")
+    with chosen_by(param):
+        if text.startswith("batch_"):
+            return read_uuid(text, "batch_", "batch")
+        return read_uuid(text, "", "job")
 
 
 @blueprint.get("/<letter_id>")
@@ -76,11 +87,12 @@ def letter(letter_id: str) -> Response:
 @blueprint.alt_response(202, schema=schemas.Job, description="The job that runs it again.")
 def redrive(body: dict[str, Any], letter_id: str) -> Response:
     """Run one dead letter again, as a new job; again is the same job."""
-    services = gateway().services
-    job_id = services.dead_letters.redrive(
-        tenant(), _id(letter_id), body.get("deadline"), idempotency.asked()
+    services, found, once = gateway().services, _id(letter_id), idempotency.asked()
+    job_id = idempotency.earlier(once) or services.dead_letters.redrive(
+        tenant(), found, body.get("deadline"), once
     )
-    row = services.jobs.get(tenant(), job_id)
+    with idempotency.still_there():
+        row = services.jobs.get(tenant(), job_id)
     services.pump.kick(row.group_name)
     job = views.job(row)
     return respond(job, 202, {"Location": job["urls"]["self"], "Retry-After": "1"})
@@ -98,7 +110,7 @@ def redrive_many(body: dict[str, Any]) -> Response:
     made = services.dead_letters.redrive_all(
         tenant(),
         LetterFilter(
-            job_id=_job_id(chosen.get("job_id")),
+            job_id=_job_id(chosen.get("job_id"), "filter.job_id"),
             model=chosen.get("model"),
             code=chosen.get("code"),
         ),
@@ -106,5 +118,6 @@ def redrive_many(body: dict[str, Any]) -> Response:
         deadline=body.get("deadline"),
         once=idempotency.asked(),
     )
+    g.replayed = made.again
     services.pump.kick(services.settings.group)
     return respond(views.redriven(made), 202)

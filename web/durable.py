@@ -9,7 +9,7 @@ from uuid import UUID
 import uuid_utils.compat as uuids
 from flask import Response, g
 
-from errors import Gone, TidegateError, from_wire
+from errors import Conflict, Gone, TidegateError, from_wire
 from inference import frames
 from inference.tensors import InferRequest, InferResult
 from storage.idempotency import Once
@@ -91,8 +91,11 @@ def _row(job_id: UUID) -> Any:
 
 
 def result(job_id: UUID, row: Any) -> InferResult:
-    """What an ended one-item job came to. Raises the job's own error, or `Gone`."""
+    """What an ended one-item job came to. Raises the job's own error, `Gone`, or `Conflict` where
+    it was called off."""
     services = gateway().services
+    if row.state == JobState.CANCELED:
+        raise Conflict("the job was canceled: it has no result")
     if row.error is not None:
         raise from_wire(row.error)
     frame, key = services.jobs.result(tenant(), job_id)

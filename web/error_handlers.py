@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 from typing import Any
 
 import structlog
@@ -42,6 +43,9 @@ STATUS: dict[type[TidegateError], int] = {
     errors.Overran: 504,
 }
 
+MOST_ERRORS, MOST_PATH = 20, 200
+"""Wrong fields that one answer lists, and characters of each one's name."""
+
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 _OPENAI_PATHS = ("/v1/files", "/v1/batches", "/v1/webhook_")
 
@@ -65,8 +69,8 @@ def on_error(error: TidegateError) -> Response:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or 1)))
     if status == 401:
         headers["WWW-Authenticate"] = 'Bearer error="invalid_token"'
-    if status == 409:
-        # The openai SDK retries a 409; ours never go away by themselves.
+    if status == 409 and error.retry_after is None:
+        # The openai SDK retries a 409; but for one that says when, ours never go away.
         headers["x-should-retry"] = "false"
     return _response(status, error.code, error.message, error.param, headers)
 
@@ -80,7 +84,7 @@ def on_http_exception(error: HTTPException) -> Response:
     data: dict[str, Any] = getattr(error, "data", None) or {}
     detail, pointers = error.description or error.name, None
     if "messages" in data:
-        pointers = list(_pointers(data["messages"]))
+        pointers = list(islice(_pointers(data["messages"]), MOST_ERRORS))
         detail = "; ".join(f"{pointer}: {text}" for pointer, text in pointers) or detail
     code = error.name.lower().replace(" ", "_")
     param = pointers[0][0] if pointers else None
@@ -96,8 +100,8 @@ def _pointers(messages: Any, path: str = "") -> Any:
     """marshmallow's nested messages as (field path, text) pairs."""
     if isinstance(messages, dict):
         for name, below in messages.items():
-            inside = name in ("json", "query", "form", "files", "_schema") and not path
-            yield from _pointers(below, path if inside else f"{path}.{name}".lstrip("."))
+            whole = name == "_schema" or (name == "json" and not path)
+            yield from _pointers(below, path if whole else f"{path}.{name}".lstrip(".")[:MOST_PATH])
     else:
         for text in messages if isinstance(messages, list) else [messages]:
             yield path or "body", str(text)
@@ -137,5 +141,5 @@ def _response(
                 for path, text in pointers
             ]
         elif param:
-            body["errors"] = [{"pointer": f"#/{param}", "detail": detail}]
+            body["errors"] = [{"pointer": "#/" + param.replace(".", "/"), "detail": detail}]
     return Response(dumps(body), status=status, headers=headers, content_type=content_type)

@@ -10,13 +10,14 @@ from typing import IO
 
 import uuid_utils.compat as uuids
 from flask import Response, request
+from werkzeug.exceptions import UnsupportedMediaType
 
 from errors import BadRequest, TooLarge
 from storage import objects
 from storage.files import FileRow, file_key
-from web import idempotency, schemas, views
+from web import described, idempotency, schemas, views
 from web.context import gateway
-from web.http import page_limit, read_uuid, require_key, tenant
+from web.http import page_after, page_limit, read_uuid, require_key, tenant
 from web.json import ApiBlueprint, respond
 
 blueprint = ApiBlueprint(
@@ -34,10 +35,13 @@ def _limit() -> None:
 
 
 @blueprint.post("")
-@blueprint.doc(parameters=[idempotency.PARAMETER])
+@blueprint.doc(parameters=[idempotency.PARAMETER], requestBody=described.UPLOAD)
 @blueprint.alt_response(200, schema=schemas.File)
 def create() -> Response:
     """Upload a file: multipart with `file` and `purpose=batch`."""
+    if request.mimetype != "multipart/form-data":
+        # Before it is looked at: a form of another kind would be read whole, and split.
+        raise UnsupportedMediaType("the body must be multipart/form-data")
     purpose = request.form.get("purpose")
     if purpose != "batch":
         raise BadRequest('purpose: must be "batch"', param="purpose")
@@ -82,9 +86,15 @@ def _blocks(stream: IO[bytes], most: int, digest: hashlib._Hash) -> Iterator[byt
 
 def _ttl() -> int | None:
     """Seconds to keep the file; None where it doesn't say."""
-    seconds = request.form.get("expires_after[seconds]")
-    if seconds is None:
+    told = {name for name in request.form if name.startswith("expires_after")}
+    if not told:
         return None
+    if not told <= {"expires_after[anchor]", "expires_after[seconds]"}:
+        raise BadRequest(
+            "expires_after: is sent as expires_after[anchor] and expires_after[seconds]",
+            param="expires_after",
+        )
+    seconds = request.form.get("expires_after[seconds]", "")
     if request.form.get("expires_after[anchor]", "created_at") != "created_at":
         raise BadRequest('expires_after.anchor: must be "created_at"', param="expires_after")
     if not re.fullmatch(r"[0-9]{1,7}", seconds) or not 3600 <= int(seconds) <= 2_592_000:
@@ -93,16 +103,17 @@ def _ttl() -> int | None:
 
 
 @blueprint.get("")
+@blueprint.doc(parameters=[described.PURPOSE, described.ORDER, *described.page(10_000, 10_000)])
+@blueprint.alt_response(200, schema=schemas.FilePage)
 def files() -> Response:
     """This tenant's files. `purpose`, `order=asc|desc`, `limit`, `after`."""
     limit = page_limit(10_000, 10_000)
     order = request.args.get("order", "desc")
     if order not in ("asc", "desc"):
         raise BadRequest("order: asc or desc", param="order")
-    after = request.args.get("after")
     rows = gateway().services.files.list(
         tenant(),
-        after=read_uuid(after, "file-", "file") if after else None,
+        after=page_after(lambda text: read_uuid(text, "file-", "file")),
         limit=limit + 1,
         purpose=request.args.get("purpose"),
         ascending=order == "asc",
@@ -136,7 +147,7 @@ def content(file_id: str) -> Response:
 
 
 @blueprint.delete("/<file_id>")
-@blueprint.alt_response(200, description="`{id, object, deleted}`")
+@blueprint.alt_response(200, schema=schemas.Deleted)
 def delete(file_id: str) -> Response:
     """Forget a file. A batch that runs over it goes on."""
     row = find(file_id)

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TypeVar
 from uuid import UUID
 
 from flask import g, request
 from werkzeug.exceptions import UnsupportedMediaType
 
+from config import MIB
 from errors import BadRequest, Gone, NotFound, Unauthenticated
 from web.context import gateway
 
+T = TypeVar("T")
+
+MOST_FIELDS = MIB
+"""Bytes of a JSON body that holds no tensors."""
+
+DEADLINE = "Tidegate-Deadline"
+
+_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 _HEX = re.compile(r"[0-9a-f]{32}")
 _DASHED = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -26,9 +36,15 @@ def refuse_nul() -> None:
             raise BadRequest(f"{name}: holds a NUL character", param=name)
 
 
+def limit_body() -> None:
+    """A `before_request`: a body of fields is small, and while it is read nobody is answered."""
+    request.max_content_length = MOST_FIELDS
+
+
 def require_json() -> None:
     """A `before_request`: a body that says it is something else is not read as if it were empty."""
-    if request.method == "POST" and request.content_length and not request.is_json:
+    sent = request.content_length or "Transfer-Encoding" in request.headers
+    if request.method == "POST" and sent and not request.is_json:
         raise UnsupportedMediaType("the body must be JSON: Content-Type: application/json")
 
 
@@ -80,30 +96,36 @@ def preference(max_wait: float) -> Preference:
     return Preference(respond_async, wait)
 
 
-def deadline(default: float, maximum: float) -> float:
+def deadline(default: float, maximum: float, *, cut: bool = False) -> float:
     """Seconds the request may take: `Tidegate-Deadline`, as seconds from now or as a moment in
-    RFC 3339. Raises `BadRequest`."""
-    text = request.headers.get("Tidegate-Deadline")
-    return min(default if text is None else parse_deadline(text), maximum)
+    RFC 3339, before what the body says. More than the maximum is cut or refused. Raises
+    `BadRequest`."""
+    text = request.headers.get(DEADLINE)
+    if text is None:
+        return min(default, maximum)
+    seconds = parse_deadline(text)
+    if seconds > maximum and not cut:
+        raise BadRequest(f"{DEADLINE}: {maximum:.0f} seconds from now at most", param=DEADLINE)
+    return min(seconds, maximum)
 
 
 def parse_deadline(text: str) -> float:
     """Seconds from now. Raises `BadRequest` for what is neither a number nor a moment ahead."""
-    try:
+    if _SECONDS.fullmatch(text):
         seconds = float(text)
-    except ValueError:
+    else:
         try:
             moment = datetime.fromisoformat(text)
         except ValueError:
             moment = None
         if moment is None or moment.tzinfo is None:
             raise BadRequest(
-                "Tidegate-Deadline: seconds from now (2.5) or a moment in RFC 3339 with its zone",
-                param="Tidegate-Deadline",
+                f"{DEADLINE}: seconds from now (2.5) or a moment in RFC 3339 with its zone",
+                param=DEADLINE,
             ) from None
         seconds = (moment - datetime.now(UTC)).total_seconds()
-    if not 0 < seconds < 10**9:
-        raise BadRequest("Tidegate-Deadline: must lie ahead", param="Tidegate-Deadline")
+    if seconds <= 0:
+        raise BadRequest(f"{DEADLINE}: must lie ahead", param=DEADLINE)
     return seconds
 
 
@@ -115,6 +137,25 @@ def about(param: str) -> Iterator[None]:
     except (BadRequest, NotFound, Gone) as error:
         # A new one: the old may be somebody else's as well.
         raise type(error)(error.message, param=param) from error
+
+
+@contextmanager
+def chosen_by(param: str) -> Iterator[None]:
+    """An id inside the block chooses what is listed: where it is of no form of ours, the parameter
+    is wrong, and nothing was looked for."""
+    try:
+        yield
+    except NotFound as error:
+        raise BadRequest(f"{param}: {error.message}", param=param) from error
+
+
+def page_after(read: Callable[[str], T]) -> T | None:
+    """The `after` of a list, as `read` reads the ids in it. Raises `BadRequest`."""
+    text = request.args.get("after")
+    if not text:
+        return None
+    with chosen_by("after"):
+        return read(text)
 
 
 def page_limit(default: int, most: int) -> int:

@@ -20,7 +20,7 @@ from flask import g, request
 from errors import BadRequest, Gone, NotFound, Unavailable
 from storage.idempotency import Once
 from web.context import gateway
-from web.http import tenant
+from web.http import DEADLINE, tenant
 from web.offload import offload
 
 log = structlog.get_logger(__name__)
@@ -46,7 +46,7 @@ def asked(*told: bytes) -> Once | None:
     key = given()
     if key is None:
         return None
-    deadline = request.headers.get("Tidegate-Deadline", "")
+    deadline = request.headers.get(DEADLINE, "")
     parts = (request.path.encode(), request.query_string, deadline.encode(), *told)
     return Once(
         tenant_id=tenant(),
@@ -86,8 +86,9 @@ def fingerprint(parts: Sequence[bytes], body: bytes | None = None) -> bytes:
 def _canonical(body: bytes) -> bytes:
     try:
         return orjson.dumps(orjson.loads(body), option=orjson.OPT_SORT_KEYS)
-    except ValueError:
-        return body  # No JSON: it stands for itself.
+    except (ValueError, TypeError):
+        # No JSON, or nested deeper than is written again: it stands for itself.
+        return body
 
 
 def earlier(once: Once | None) -> UUID | None:

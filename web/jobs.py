@@ -17,11 +17,13 @@ from storage import ids
 from storage.idempotency import Once
 from storage.lifecycle import JobKind, JobState, Priority
 from tasks.bootstrap import Services
-from web import durable, etags, idempotency, schemas, streams, views
+from web import described, durable, etags, idempotency, schemas, streams, views
 from web.context import gateway
 from web.http import (
     about,
     deadline,
+    limit_body,
+    page_after,
     page_limit,
     preference,
     read_uuid,
@@ -39,8 +41,14 @@ RECORD_PATIENCE = 1.0
 """Seconds a realtime record may lag behind its answer before we say that it is not there."""
 
 
+@blueprint.before_request
+def _limit() -> None:
+    if request.endpoint != "jobs.submit":  # whose body holds tensors
+        limit_body()
+
+
 @blueprint.post("")
-@blueprint.doc(parameters=[idempotency.PARAMETER])
+@blueprint.doc(parameters=[idempotency.PARAMETER, described.PREFER, described.DEADLINE])
 @blueprint.arguments(schemas.JobSubmit)
 @blueprint.alt_response(202, schema=schemas.Job, description="Accepted: the job is durable.")
 @blueprint.alt_response(200, schema=schemas.Job, description="Ended within `Prefer: wait=n`.")
@@ -72,12 +80,12 @@ def _accept(body: dict[str, Any], once: Once | None) -> UUID:
 
 
 @blueprint.get("")
+@blueprint.doc(parameters=[described.KIND, described.STATUS, *described.page(20, 100)])
 @blueprint.alt_response(200, schema=schemas.JobPage)
 def jobs() -> Response:
     """This tenant's jobs, newest first. Filters: `kind`, `status`; pages: `limit`, `after`."""
     limit = page_limit(20, 100)
-    after = request.args.get("after")
-    cursor = read_uuid(after, "", "job") if after else None
+    cursor = page_after(lambda text: read_uuid(text, "", "job"))
     kinds, state = _kinds(), _state()
     found: list[tuple[UUID, dict[str, Any]]] = []
     durable_kinds = [kind for kind in kinds if kind is not JobKind.REALTIME]
@@ -169,8 +177,6 @@ def result(job_id: str) -> Response:
         raise Conflict(f"a batch's results are files: see /v1/batches/{views.batch_id(row.id)}")
     if not JobState(row.state).terminal:
         raise Conflict(f"the job is {row.state}: it has no result yet", retry_after=1)
-    if row.state == JobState.CANCELED:
-        raise Conflict("the job was canceled: it has no result")
     outcome = durable.result(found, row)
     binary = "application/octet-stream" in request.headers.get("Accept", "")
     body, header_length = oip.render_infer(outcome, oip.ResponseFormat(binary=binary))
@@ -183,8 +189,10 @@ def result(job_id: str) -> Response:
 @blueprint.post("/<job_id>/cancel")
 @blueprint.alt_response(202, schema=schemas.Job)
 def cancel(job_id: str) -> Response:
-    """Call a job off; again is fine. 409 where it has ended otherwise."""
+    """Call a job off; again is fine. 409 where it has ended otherwise, or is a realtime request."""
     found = read_uuid(job_id, "", "job")
+    if gateway().services.ids.minted(found, tenant()):
+        raise Conflict("a realtime request is not called off: close its connection")
     gateway().services.jobs.cancel(tenant(), found)
     gateway().services.pump.kick(gateway().services.settings.group)
     return respond(views.job(gateway().services.jobs.get(tenant(), found)), 202)

@@ -10,6 +10,7 @@ from flask.json.provider import JSONProvider
 from flask_smorest import Blueprint
 from webargs.core import is_json, missing
 from webargs.flaskparser import FlaskParser
+from werkzeug.exceptions import RequestEntityTooLarge
 
 
 def dumps(value: Any) -> bytes:
@@ -36,7 +37,13 @@ class _Parser(FlaskParser):
     """webargs, reading JSON as strictly as everything else here: what is no Unicode is no JSON."""
 
     def _raw_load_json(self, req: Any) -> Any:
-        return orjson.loads(req.get_data()) if is_json(req.mimetype) else missing
+        if not is_json(req.mimetype):
+            return missing
+        body = req.get_data()
+        if req.content_length is None and len(body) >= (req.max_content_length or len(body) + 1):
+            # One of unknown length is cut at the limit without a word.
+            raise RequestEntityTooLarge
+        return orjson.loads(body)
 
 
 class ApiBlueprint(Blueprint):  # type: ignore[misc]

@@ -141,7 +141,7 @@ def infer(model: str, version: str = "") -> Response:
     found, settings = gateway(), gateway().services.settings
     _refuse_too_large(request.content_length or 0)
     # Known before the body is: what the model is like must not take longer than the answer may.
-    limit = deadline(settings.realtime_timeout, settings.max_realtime_timeout)
+    limit = deadline(settings.realtime_timeout, settings.max_realtime_timeout, cut=True)
     entry = found.catalog.get(*_checked(model, version), timeout=min(limit, QUERY_TIMEOUT))
     body, header_length = _body(), _header_length()
     asked, fmt = oip.parse_infer(body, header_length, model=model, version=version, spec=entry.spec)
@@ -156,10 +156,7 @@ def infer(model: str, version: str = "") -> Response:
             once=idempotency.asked(body, str(header_length).encode()),
         )
         return durable.infer(job_id, preferred, render=lambda result: _rendered(result, fmt))
-    timeout = deadline(
-        given or settings.realtime_timeout,
-        settings.max_realtime_timeout,
-    )
+    timeout = deadline(given or settings.realtime_timeout, settings.max_realtime_timeout, cut=True)
     job_id = found.services.ids.mint(tenant())
     return _realtime(asked, fmt, timeout, job_id)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from marshmallow import EXCLUDE, RAISE, Schema, ValidationError, fields, validate
+from marshmallow import EXCLUDE, RAISE, Schema, ValidationError, fields, pre_load, validate
 
 from storage import events
 from storage.backlog import MOST_AHEAD
@@ -15,6 +15,8 @@ from storage.lifecycle import ChunkKind, JobKind, JobState, Priority
 _WINDOW = re.compile(r"([0-9]{1,6})(s|m|h|d)")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 MAX_WINDOW = 30 * 86_400
+MOST_NAMES = 64
+"""Of one JSON object with fields; the largest has seven."""
 MOST_REDRIVEN = 1000
 """Dead letters one call runs again."""
 PRIORITIES = tuple(priority.name.lower() for priority in Priority)
@@ -29,17 +31,49 @@ def parse_window(text: str) -> float:
     return float(seconds)
 
 
-def _text(most: int) -> fields.String:
+class Body(Schema):
+    """What is sent to us, or a part of it. While one body is looked at no other request is: what
+    has too many names is refused before any of them is looked at."""
+
+    @pre_load
+    def _count(self, data: Any, **_: Any) -> Any:
+        if isinstance(data, dict) and len(data) > MOST_NAMES:
+            raise ValidationError(f"Has more than {MOST_NAMES} names.")
+        return data
+
+
+class _CountedFirst:
+    """A field that looks at how many elements it was given before it looks at each."""
+
+    validators: list[Any]
+
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        for check in self.validators:
+            if isinstance(check, validate.Length) and isinstance(value, dict | list):
+                check(value)
+        return super()._deserialize(value, *args, **kwargs)  # type: ignore[misc]
+
+
+class _Pairs(_CountedFirst, fields.Dict):
+    pass
+
+
+class _Listed(_CountedFirst, fields.List[Any]):
+    pass
+
+
+def _text(most: int, **options: Any) -> fields.String:
     return fields.String(
         validate=[
             validate.Length(max=most),
             validate.ContainsNoneOf("\0", error="Must not hold a NUL character."),
-        ]
+        ],
+        **options,
     )
 
 
 def _metadata() -> fields.Field[Any]:
-    return fields.Dict(
+    return _Pairs(
         keys=_text(64),
         values=_text(512),
         validate=validate.Length(max=16),
@@ -55,7 +89,7 @@ def _deadline() -> fields.Float:
     )
 
 
-class JobSubmit(Schema):
+class JobSubmit(Body):
     """One inference to run in the background."""
 
     class Meta:
@@ -72,7 +106,7 @@ class JobSubmit(Schema):
     metadata = _metadata()
 
 
-class Redrive(Schema):
+class Redrive(Body):
     """How to run a dead letter again."""
 
     class Meta:
@@ -81,15 +115,15 @@ class Redrive(Schema):
     deadline = _deadline()
 
 
-class Letters(Schema):
+class Letters(Body):
     """Which dead letters."""
 
     class Meta:
         unknown = RAISE
 
-    job_id = fields.String()
-    model = fields.String()
-    code = fields.String(metadata={"description": "The `error.code` they died of."})
+    job_id = _text(255)
+    model = _text(255)
+    code = _text(255, metadata={"description": "The `error.code` they died of."})
 
 
 class RedriveMany(Redrive):
@@ -101,7 +135,7 @@ class RedriveMany(Redrive):
     )
 
 
-class OutputExpiry(Schema):
+class OutputExpiry(Body):
     """When a batch's output files go."""
 
     anchor = fields.String(required=True, validate=validate.Equal("created_at"))
@@ -110,7 +144,7 @@ class OutputExpiry(Schema):
     )
 
 
-class BatchCreate(Schema):
+class BatchCreate(Body):
     """A batch over a file's lines. The SDK may send fields newer than this: they are ignored."""
 
     class Meta:
@@ -127,6 +161,15 @@ class BatchCreate(Schema):
     output_expires_after = fields.Nested(OutputExpiry)
     priority = fields.String(load_default="normal", validate=validate.OneOf(PRIORITIES))
     metadata = _metadata()
+
+
+class _Page(Schema):
+    """A part of a list."""
+
+    object = fields.Constant("list")
+    first_id = fields.String(allow_none=True)
+    last_id = fields.String(allow_none=True)
+    has_more = fields.Boolean()
 
 
 class Items(Schema):
@@ -192,14 +235,10 @@ class DeadLetter(Schema):
     urls = fields.Dict()
 
 
-class DeadLetterPage(Schema):
+class DeadLetterPage(_Page):
     """Dead letters, newest first; `after=last_id` gives the next ones."""
 
-    object = fields.Constant("list")
     data = fields.List(fields.Nested(DeadLetter))
-    first_id = fields.String(allow_none=True)
-    last_id = fields.String(allow_none=True)
-    has_more = fields.Boolean()
 
 
 class Redriven(Schema):
@@ -214,14 +253,10 @@ class Redriven(Schema):
     has_more = fields.Boolean()
 
 
-class JobPage(Schema):
+class JobPage(_Page):
     """Jobs, newest first; `after=last_id` gives the next ones."""
 
-    object = fields.Constant("list")
     data = fields.List(fields.Nested(Job))
-    first_id = fields.String(allow_none=True)
-    last_id = fields.String(allow_none=True)
-    has_more = fields.Boolean()
 
 
 class File(Schema):
@@ -238,6 +273,20 @@ class File(Schema):
     status_details = fields.String(allow_none=True)
 
 
+class FilePage(_Page):
+    """Files; `after=last_id` gives the next ones."""
+
+    data = fields.List(fields.Nested(File))
+
+
+class Deleted(Schema):
+    """What is no more."""
+
+    id = fields.String()
+    object = fields.String()
+    deleted = fields.Boolean()
+
+
 class Batch(Schema):
     """A batch, as OpenAI describes it."""
 
@@ -251,13 +300,28 @@ class Batch(Schema):
     status = fields.String()
     output_file_id = fields.String(allow_none=True)
     error_file_id = fields.String(allow_none=True)
+    created_at = fields.Integer()
+    in_progress_at = fields.Integer(allow_none=True)
+    expires_at = fields.Integer()
+    finalizing_at = fields.Integer(allow_none=True)
+    completed_at = fields.Integer(allow_none=True)
+    failed_at = fields.Integer(allow_none=True)
+    expired_at = fields.Integer(allow_none=True)
+    cancelling_at = fields.Integer(allow_none=True)
+    cancelled_at = fields.Integer(allow_none=True)
     request_counts = fields.Nested(Items)
     metadata = fields.Dict()
 
 
-def _event_types(**options: Any) -> fields.List[Any]:
+class BatchPage(_Page):
+    """Batches, newest first; `after=last_id` gives the next ones."""
+
+    data = fields.List(fields.Nested(Batch))
+
+
+def _event_types(**options: Any) -> fields.Field[Any]:
     kinds = fields.String(validate=validate.OneOf(events.TYPES))
-    return fields.List(kinds, validate=validate.Length(min=1, max=64), **options)
+    return _Listed(kinds, validate=validate.Length(min=1, max=64), **options)
 
 
 def _name(**options: Any) -> fields.String:
@@ -270,7 +334,7 @@ def _name(**options: Any) -> fields.String:
     )
 
 
-class WebhookCreate(Schema):
+class WebhookCreate(Body):
     """Where to tell of what ends. The SDK may send fields newer than this: they are ignored."""
 
     class Meta:
@@ -281,7 +345,7 @@ class WebhookCreate(Schema):
     event_types = _event_types(required=True)
 
 
-class WebhookUpdate(Schema):
+class WebhookUpdate(Body):
     """What is to change; the rest stays."""
 
     class Meta:
@@ -293,14 +357,14 @@ class WebhookUpdate(Schema):
     enabled = fields.Boolean(metadata={"description": "Deliver there at all."})
 
 
-class WebhookRotate(Schema):
+class WebhookRotate(Body):
     class Meta:
         unknown = EXCLUDE
 
     keep_old_secret_active_for_24_hours = fields.Boolean(load_default=False)
 
 
-class WebhookTest(Schema):
+class WebhookTest(Body):
     class Meta:
         unknown = EXCLUDE
 
@@ -321,6 +385,29 @@ class Webhook(Schema):
     enabled = fields.Boolean()
     disabled_at = fields.Integer(allow_none=True)
     disabled_reason = fields.String(allow_none=True)
+
+
+class WebhookPage(_Page):
+    """Endpoints, newest first; `after=last_id` gives the next ones."""
+
+    data = fields.List(fields.Nested(Webhook))
+
+
+class EventTypes(Schema):
+    """The events there are."""
+
+    object = fields.Constant("list")
+    data = fields.List(fields.String())
+
+
+class WebhookTested(Schema):
+    """What a test was answered."""
+
+    object = fields.Constant("webhook_endpoint.test")
+    webhook_endpoint_id = fields.String()
+    event_type = fields.String()
+    status_code = fields.Integer()
+    success = fields.Boolean()
 
 
 class WebhookWithSecret(Webhook):
@@ -357,11 +444,7 @@ class Delivery(Schema):
     attempts = fields.List(fields.Nested(DeliveryAttempt))
 
 
-class DeliveryPage(Schema):
+class DeliveryPage(_Page):
     """Deliveries, newest first; `after=last_id` gives the next ones."""
 
-    object = fields.Constant("list")
     data = fields.List(fields.Nested(Delivery))
-    first_id = fields.String(allow_none=True)
-    last_id = fields.String(allow_none=True)
-    has_more = fields.Boolean()

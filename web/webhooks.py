@@ -11,19 +11,29 @@ from typing import Any
 from uuid import UUID
 
 import uuid_utils.compat as uuids
-from flask import Response, request
+from flask import Response, g, request
 
 from errors import BadRequest, Unavailable
 from storage import events
 from storage.events import DeliveryState
 from tasks import egress
-from web import idempotency, schemas, views
+from web import described, idempotency, schemas, views
 from web.context import gateway
-from web.http import about, page_limit, read_uuid, require_json, require_key, tenant
+from web.http import (
+    about,
+    limit_body,
+    page_after,
+    page_limit,
+    read_uuid,
+    require_json,
+    require_key,
+    tenant,
+)
 from web.json import ApiBlueprint, respond
 
 blueprint = ApiBlueprint("webhooks", __name__, url_prefix="/v1", description="Webhooks")
 blueprint.before_request(require_key)
+blueprint.before_request(limit_body)
 blueprint.before_request(require_json)
 
 PATIENCE = 5.0
@@ -31,6 +41,7 @@ PATIENCE = 5.0
 
 
 @blueprint.get("/webhook_event_types")
+@blueprint.alt_response(200, schema=schemas.EventTypes)
 def event_types() -> Response:
     """The events there are."""
     return respond({"object": "list", "data": events.TYPES})
@@ -83,13 +94,12 @@ def _read(webhook_id: str) -> UUID:
 
 
 @blueprint.get("/webhook_endpoints")
+@blueprint.doc(parameters=described.page(20, 100))
+@blueprint.alt_response(200, schema=schemas.WebhookPage)
 def webhooks() -> Response:
     """This tenant's endpoints, newest first. `limit`, `after`."""
     limit = page_limit(20, 100)
-    after = request.args.get("after")
-    rows = gateway().services.webhooks.list(
-        tenant(), after=_read(after) if after else None, limit=limit + 1
-    )
+    rows = gateway().services.webhooks.list(tenant(), after=page_after(_read), limit=limit + 1)
     return respond(views.page(rows, limit, _view))
 
 
@@ -120,6 +130,7 @@ def update(body: dict[str, Any], webhook_id: str) -> Response:
 
 
 @blueprint.delete("/webhook_endpoints/<webhook_id>")
+@blueprint.alt_response(200, schema=schemas.Deleted)
 def delete(webhook_id: str) -> Response:
     """Remove an endpoint, and what was to be delivered there."""
     gateway().services.webhooks.delete(tenant(), _read(webhook_id))
@@ -127,23 +138,35 @@ def delete(webhook_id: str) -> Response:
 
 
 @blueprint.post("/webhook_endpoints/<webhook_id>/rotate_secret")
+@blueprint.doc(parameters=[idempotency.PARAMETER])
 @blueprint.arguments(schemas.WebhookRotate)
 @blueprint.alt_response(200, schema=schemas.WebhookWithSecret)
 def rotate_secret(body: dict[str, Any], webhook_id: str) -> Response:
     """A new secret; where the old one is kept, both sign for 24 hours."""
-    row = gateway().services.webhooks.rotate(
-        tenant(), _read(webhook_id), keep=body["keep_old_secret_active_for_24_hours"]
+    row, g.replayed = gateway().services.webhooks.rotate(
+        tenant(),
+        _read(webhook_id),
+        keep=body["keep_old_secret_active_for_24_hours"],
+        once=idempotency.asked(),
     )
     return _with_secret(row)
 
 
 @blueprint.post("/webhook_endpoints/<webhook_id>/test")
+@blueprint.doc(parameters=[idempotency.PARAMETER])
 @blueprint.arguments(schemas.WebhookTest)
+@blueprint.alt_response(200, schema=schemas.WebhookTested)
 def test(body: dict[str, Any], webhook_id: str) -> Response:
     """Send a sample event, once, and wait for what the endpoint answers."""
     found = _read(webhook_id)
     services = gateway().services
-    sample = services.deliveries.sample(tenant(), found, body["event_type"])
+    once, new = idempotency.asked(), uuids.uuid7()
+    sample = idempotency.keep(
+        new,
+        lambda: services.deliveries.sample(
+            tenant(), found, body["event_type"], delivery_id=new, once=once
+        ),
+    )
     until = time.monotonic() + services.settings.webhook_timeout + PATIENCE
     pause = 0.05
     while True:
@@ -168,18 +191,19 @@ def test(body: dict[str, Any], webhook_id: str) -> Response:
 
 
 @blueprint.get("/webhook_endpoints/<webhook_id>/deliveries")
+@blueprint.doc(parameters=[described.STATE, *described.page(20, 100)])
 @blueprint.alt_response(200, schema=schemas.DeliveryPage)
 def deliveries(webhook_id: str) -> Response:
     """What was to be delivered, newest first, with each try. `state`, `limit`, `after`."""
     limit = page_limit(20, 100)
-    after, state = request.args.get("after"), request.args.get("state")
+    state = request.args.get("state")
     if state is not None and state not in set(DeliveryState):
         raise BadRequest(f"state: one of {', '.join(DeliveryState)}", param="state")
     found = gateway().services.webhooks.get(tenant(), _read(webhook_id)).id
     rows = gateway().services.deliveries.list(
         tenant(),
         found,
-        after=_read_delivery(after) if after else None,
+        after=page_after(_read_delivery),
         limit=limit + 1,
         state=DeliveryState(state) if state else None,
     )
@@ -205,8 +229,11 @@ def _delivery(webhook_id: str, delivery_id: str) -> dict[str, Any]:
 
 
 @blueprint.post("/webhook_endpoints/<webhook_id>/deliveries/<delivery_id>/resend")
+@blueprint.doc(parameters=[idempotency.PARAMETER])
 @blueprint.alt_response(202, schema=schemas.Delivery)
 def resend(webhook_id: str, delivery_id: str) -> Response:
     """Try once more, now, under the same id; 409 where the endpoint is disabled."""
-    gateway().services.deliveries.resend(tenant(), _read(webhook_id), _read_delivery(delivery_id))
+    g.replayed = gateway().services.deliveries.resend(
+        tenant(), _read(webhook_id), _read_delivery(delivery_id), idempotency.asked()
+    )
     return respond(_delivery(webhook_id, delivery_id), 202)

@@ -10,7 +10,7 @@ from uuid import uuid4
 import pytest
 
 from ops.embedded import Stack
-from tests.e2e.helpers import Http, answered_ints, batch_line, ended, ints, until, upload
+from tests.e2e.helpers import Http, Reply, answered_ints, batch_line, ended, ints, until, upload
 
 pytestmark = pytest.mark.stack
 
@@ -82,6 +82,24 @@ def test_redriving_makes_one_new_job_however_often_it_is_asked_for(
     assert letter["redriven_as"] == job["id"]
 
 
+def test_a_redrive_sent_again_under_its_key_says_so(server: Http, hung: dict[str, Any]) -> None:
+    (letter,) = letters(server, job_id=hung["id"])
+    for path, body in (
+        (letter["urls"]["redrive"], {}),
+        ("/v1/dead-letters/redrive", {"filter": {"job_id": hung["id"]}}),
+    ):
+        first, again = (server.post(path, body, Idempotency_Key="once") for _ in range(2))
+        assert (first.status, again.status) == (202, 202)
+        assert first.headers["Idempotent-Replayed"] is None
+        assert again.headers["Idempotent-Replayed"] == "true"
+        assert answer(again) == answer(first)
+
+
+def answer(reply: Reply) -> Any:
+    told = reply.json()
+    return told["id"] if told["object"] == "job" else told
+
+
 def test_a_line_that_hangs_takes_no_neighbour_along(server: Http) -> None:
     delays = {2: 60_000}
     lines = [batch_line(f"row-{n}", ints(n, delay_ms=delays.get(n, 0))) for n in range(1, 7)]
@@ -124,8 +142,13 @@ def test_the_worker_that_gave_up_still_works(server: Http, hung: dict[str, Any])
     [
         ("GET", "?redriven=perhaps", None, 400, "redriven"),
         ("GET", "?limit=1000", None, 400, "limit"),
-        ("GET", "?job_id=x", None, 404, "job"),
-        ("GET", "?after=7", None, 404, "7"),
+        ("GET", "?job_id=x", None, 400, "job_id"),
+        ("GET", "?job_id=batch_x", None, 400, "job_id"),
+        ("GET", "?after=7", None, 400, "after"),
+        ("POST", "/redrive", {"filter": {"job_id": "x"}}, 400, "#/filter/job_id"),
+        ("POST", "/redrive", {"filter": {"job_id": "\0"}}, 422, "job_id"),
+        ("POST", "/redrive", {"filter": {"model": "\0"}}, 422, "model"),
+        ("POST", "/redrive", {"filter": {"code": "\0"}}, 422, "code"),
         ("GET", "/dl_0", None, 404, "dl_0"),
         ("GET", "/dl_99999999", None, 404, "dl_99999999"),
         ("POST", "/dl_99999999/redrive", None, 404, "dl_99999999"),

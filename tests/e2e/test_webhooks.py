@@ -190,6 +190,21 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def test_a_rotation_sent_again_under_its_key_rotates_once(fresh: Http) -> None:
+    made = fresh.post(ENDPOINTS, GOOD).json()
+    path = f"{ENDPOINTS}/{made['id']}/rotate_secret"
+    first, again = (
+        fresh.post(path, {"keep_old_secret_active_for_24_hours": True}, Idempotency_Key="once")
+        for _ in range(2)
+    )
+    assert (first.status, again.status) == (200, 200)
+    assert again.json() == first.json()
+    assert first.json()["signing_secret"] != made["signing_secret"]
+    assert [reply.headers["Idempotent-Replayed"] for reply in (first, again)] == [None, "true"]
+    other = fresh.post(path, Idempotency_Key="once")
+    assert (other.status, other.json()["error"]["param"]) == (422, "Idempotency-Key")
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_endpoint_is_refused_by_the_name_of_its_field(mine: Http, case: str) -> None:
     field, changes = BAD[case]
@@ -220,10 +235,10 @@ def test_what_is_no_json_and_unknown_ids_and_filters_are_refused(mine: Http) -> 
             "POST", ENDPOINTS, b"a=b", {"Content-Type": "application/x-www-form-urlencoded"}
         )
         assert form.status == 415
-        for path in (f"{ENDPOINTS}/we_none", f"{ENDPOINTS}/{made}x", f"{ENDPOINTS}?after=nobody"):
+        for path in (f"{ENDPOINTS}/we_none", f"{ENDPOINTS}/{made}x"):
             reply = mine.get(path)
             assert (reply.status, reply.json()["error"]["type"]) == (404, "not_found_error")
-        for query in ("limit=0", "limit=x", "state=sent"):
+        for query in ("limit=0", "limit=x", "state=sent", "after=nobody"):
             reply = mine.get(f"{ENDPOINTS}/{made}/deliveries?{query}")
             assert (reply.status, reply.json()["error"]["param"]) == (400, query.split("=")[0])
         test = mine.post(f"{ENDPOINTS}/{made}/test", {"event_type": "response.completed"})
@@ -403,6 +418,30 @@ def test_a_test_says_what_the_endpoint_answered(client: openai.OpenAI, receiver:
     with pytest.raises(openai.BadRequestError, match="refused") as caught:
         client.webhooks.test(endpoint.id, event_type="batch.completed")
     assert caught.value.param == "url"
+
+
+def test_what_is_sent_again_under_its_key_is_delivered_once(
+    server: Http, client: openai.OpenAI, receiver: Receiver
+) -> None:
+    endpoint = client.webhooks.create(name="n", url=receiver.url, event_types=JOB_EVENTS)
+    path = f"{ENDPOINTS}/{endpoint.id}"
+    tests = [
+        server.post(f"{path}/test", {"event_type": "job.failed"}, Idempotency_Key="test")
+        for _ in range(2)
+    ]
+    (delivery,) = logged(server, endpoint.id, "delivered")
+    first = server.post(f"{path}/deliveries/{delivery['id']}/resend", Idempotency_Key="resend")
+    until(lambda: len(receiver.received) == 2, 20)
+    logged(server, endpoint.id, "delivered")
+    again = server.post(f"{path}/deliveries/{delivery['id']}/resend", Idempotency_Key="resend")
+
+    assert [(reply.status, reply.json()) for reply in tests] == [(200, tests[0].json())] * 2
+    assert (first.status, again.status) == (202, 202)
+    assert (again.json()["id"], again.json()["state"]) == (delivery["id"], "delivered")
+    for one, other in (tests, (first, again)):
+        assert one.headers["Idempotent-Replayed"] is None
+        assert other.headers["Idempotent-Replayed"] == "true"
+    assert len(receiver.received) == 2
 
 
 def test_jobs_end_while_a_receiver_hangs(

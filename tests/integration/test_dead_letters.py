@@ -279,6 +279,7 @@ def test_a_bulk_redrive_sent_again_under_its_key_answers_the_same(
     die(ledger, claims[2:])
     again = letters.redrive_all(ledger.tenant, LetterFilter(), limit=10, once=once(ledger))
     assert again == first
+    assert (first.again, again.again) == (False, True)
     assert len(first.jobs) == 2
     with pytest.raises(KeyReused):
         letters.redrive_all(ledger.tenant, LetterFilter(), limit=5, once=once(ledger, b"other"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -14,11 +14,12 @@ import sqlalchemy as sa
 from standardwebhooks import Webhook
 
 from config import Settings
-from errors import Conflict, ModelFailed, NotFound
+from errors import Conflict, KeyReused, ModelFailed, NotFound
 from storage import events, tables, webhooks
 from storage.database import Row
 from storage.deliveries import PER_ENDPOINT, PER_TENANT, Attempt, Deliveries, Delivery
 from storage.events import DeliveryState
+from storage.idempotency import Once
 from storage.webhooks import MOST, Webhooks
 from storage.work import Done
 from tasks.webhooks import PAUSES, Sender, message_id
@@ -251,6 +252,35 @@ def test_after_a_rotation_both_secrets_sign_for_a_day_where_the_old_one_is_kept(
     assert verified_by() == [2]
     hooks.webhooks.rotate(tenant, webhook, keep=False)
     assert verified_by() == [3]
+
+
+def test_what_is_asked_for_again_under_its_key_is_done_once(
+    hooks: Hooks, receiver: Receiver
+) -> None:
+    webhook, tenant = hooks.add(receiver.url), hooks.ledger.tenant
+
+    def once(fingerprint: bytes = b"same") -> Once:
+        return Once(tenant, "POST /somewhere", "key", fingerprint, 1000)
+
+    first, again = (
+        hooks.webhooks.rotate(tenant, webhook, keep=True, once=once()) for _ in range(2)
+    )
+    assert (first[1], again[1]) == (False, True)
+    assert first[0].generation == again[0].generation == 2
+    assert again[0].previous_until == first[0].previous_until is not None
+    with pytest.raises(KeyReused):
+        hooks.webhooks.rotate(tenant, webhook, keep=False, once=once(b"other"))
+
+    other = replace(once(), key="other")
+    samples = [hooks.deliveries.sample(tenant, webhook, "job.failed", once=other) for _ in range(2)]
+    assert samples[0] == samples[1]
+    assert hooks.deliver() == [DeliveryState.DELIVERED]
+
+    third = replace(once(), key="third")
+    assert not hooks.deliveries.resend(tenant, webhook, samples[0], third)
+    assert hooks.deliver() == [DeliveryState.DELIVERED]
+    assert hooks.deliveries.resend(tenant, webhook, samples[0], third)
+    assert hooks.deliver() == []
 
 
 def test_many_senders_at_once_deliver_each_once(hooks: Hooks, receiver: Receiver) -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from config import Settings
+from web import gunicorn
 
 REGISTRY = re.compile(r"https?://[^\s/]*(?:py" r"pi|python" r"hosted|npm" r"js)\.")
 
@@ -41,6 +42,11 @@ def test_compose_starts_modules_that_exist(compose: dict[str, Any], root: Path) 
         if command[:2] == ["python", "-m"]:
             module = root / command[2].replace(".", "/")
             assert module.with_suffix(".py").exists() or (module / "__main__.py").exists()
+
+
+def test_compose_gives_a_gateway_the_time_it_takes_to_stop(compose: dict[str, Any]) -> None:
+    grace = int(compose["services"]["gateway"]["stop_grace_period"].removesuffix("s"))
+    assert grace > gunicorn.graceful_timeout
 
 
 def test_compose_publishes_ports_on_loopback_only(compose: dict[str, Any]) -> None:

@@ -9,7 +9,15 @@ from flask import Flask
 from marshmallow import ValidationError
 
 from errors import BadRequest, NotFound
-from web.http import Preference, page_limit, parse_deadline, preference, read_uuid
+from web.http import (
+    Preference,
+    deadline,
+    page_after,
+    page_limit,
+    parse_deadline,
+    preference,
+    read_uuid,
+)
 from web.schemas import parse_window
 
 app = Flask("headers")
@@ -43,11 +51,44 @@ def test_a_deadline_may_be_a_moment() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "soon", "-1", "0", "nan", "inf", "2020-01-01T00:00:00Z", "2999-01-01T00:00:00"]
+    "text",
+    [
+        "",
+        "soon",
+        "-1",
+        "0",
+        "nan",
+        "inf",
+        "1_0",
+        "1e3",
+        "9" * 10,
+        "2020-01-01T00:00:00Z",
+        "2999-01-01T00:00:00",
+    ],
 )
 def test_a_deadline_that_makes_no_sense_is_refused(text: str) -> None:
     with pytest.raises(BadRequest, match="Tidegate-Deadline"):
         parse_deadline(text)
+
+
+def test_a_deadline_beyond_the_most_is_cut_or_refused() -> None:
+    with app.test_request_context(headers={"Tidegate-Deadline": "100"}):
+        assert deadline(30, 60, cut=True) == 60
+        assert deadline(30, 200) == 100
+        with pytest.raises(BadRequest, match="60 seconds") as caught:
+            deadline(30, 60)
+    assert caught.value.param == "Tidegate-Deadline"
+    with app.test_request_context():
+        assert deadline(30, 60) == 30
+
+
+def test_an_id_that_chooses_what_is_listed_is_a_parameter() -> None:
+    wrong = app.test_request_context(query_string={"after": "x"})
+    with wrong, pytest.raises(BadRequest) as caught:
+        page_after(lambda text: read_uuid(text, "file-", "file"))
+    assert caught.value.param == "after"
+    with app.test_request_context(query_string={"after": ""}):
+        assert page_after(lambda text: read_uuid(text, "file-", "file")) is None
 
 
 @pytest.mark.parametrize("text", ["0", "101", "-1", "ten", "1.5"])

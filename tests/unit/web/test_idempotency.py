@@ -68,6 +68,13 @@ def test_different_parts_never_run_together(one: list[bytes], other: list[bytes]
     assert (fingerprint(one) == fingerprint(other)) is (one == other)
 
 
+def test_a_body_nested_deeper_than_is_written_again_stands_for_itself() -> None:
+    deep = b'{"input": ' + b"[" * 500 + b"]" * 500 + b"}"
+
+    assert fingerprint([], deep) == fingerprint([], deep)
+    assert fingerprint([], deep) != fingerprint([], b"[]")
+
+
 @any_of(st.binary(max_size=20))
 def test_a_body_that_is_no_json_stands_for_itself(body: bytes) -> None:
     assert fingerprint([], body) == fingerprint([], body)
