@@ -13,12 +13,12 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import orjson
 
-from errors import BadBody, BadTensor, TooLarge, Unsupported
+from errors import BadBody, BadRequest, BadTensor, TooLarge, Unsupported
 from inference.metadata import ModelSpec, TensorSpec
 from inference.tensors import (
     MAX_DIM,
@@ -398,3 +398,16 @@ def _inflate(body: bytes, wbits: int, name: str, limit: int) -> bytes:
 
 def _too_large(limit: int) -> TooLarge:
     return TooLarge(f"the body has more than {limit} bytes")
+
+
+def take_timeout(asked: InferRequest) -> tuple[InferRequest, float | None]:
+    """OIP's own `timeout`, in microseconds, is the request's deadline: what is left of it goes
+    with the request all the way, so the model needs no second one. Seconds; None: not given.
+    Raises `BadRequest`."""
+    given = asked.parameters.get("timeout", 0)
+    if "timeout" not in asked.parameters:
+        return asked, None
+    rest = {name: value for name, value in asked.parameters.items() if name != "timeout"}
+    if not isinstance(given, int):
+        raise BadRequest("timeout: must be microseconds", param="timeout")
+    return replace(asked, parameters=rest), given / 1e6 or None

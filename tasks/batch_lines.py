@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -68,12 +68,12 @@ def parse_line(text: bytes, number: int, endpoint: str, max_bytes: int) -> Line:
     model, version = parse_endpoint(endpoint)
     try:
         request = oip.request_from_json(document.get("body"), model=model, version=version)
+        # The time of a line is the batch's window: at Triton a limit of its own would have the line
+        # given back, again and again.
+        request, _ = oip.take_timeout(request)
     except TidegateError as error:
         raise BadLine(error.code, error.message, custom_id) from error
-    # The time of a line is the batch's window. At Triton a limit of its own would have the line
-    # given back, again and again.
-    rest = {name: value for name, value in request.parameters.items() if name != "timeout"}
-    return Line(number, custom_id, replace(request, parameters=rest))
+    return Line(number, custom_id, request)
 
 
 def _document(text: bytes) -> dict[str, Any]:

@@ -70,9 +70,11 @@ def _accept(body: dict[str, Any], once: Once | None) -> UUID:
     with about("input"):
         asked = oip.request_from_json(body["input"], model=body["model"], version=body["version"])
         check(asked, entry.spec)
+        asked, given = oip.take_timeout(asked)
+    within = deadline(body.get("deadline", settings.job_deadline), schemas.MAX_WINDOW)
     return durable.submit(
         asked,
-        within=deadline(body.get("deadline", settings.job_deadline), schemas.MAX_WINDOW),
+        within=min(within, given or within),
         priority=Priority[body["priority"].upper()],
         metadata=body.get("metadata"),
         once=once,

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import replace
 from uuid import UUID
 
 from flask import Blueprint, Response, g, request
 
 from errors import (
     BadBody,
-    BadRequest,
     DeadlineExceeded,
     ModelNotFound,
     NotFound,
@@ -138,6 +136,7 @@ _INFER, _INFER_VERSION = routes("/infer")
 @models.post(_INFER_VERSION)
 def infer(model: str, version: str = "") -> Response:
     """Run a model. 200 with the answer; 202 with a job where the client preferred that."""
+    began = time.monotonic()
     found, settings = gateway(), gateway().services.settings
     _refuse_too_large(request.content_length or 0)
     # Known before the body is: what the model is like must not take longer than the answer may.
@@ -146,7 +145,7 @@ def infer(model: str, version: str = "") -> Response:
     body, header_length = _body(), _header_length()
     asked, fmt = oip.parse_infer(body, header_length, model=model, version=version, spec=entry.spec)
     check(asked, entry.spec)
-    asked, given = _take_timeout(asked)
+    asked, given = oip.take_timeout(asked)
     preferred = preference(settings.max_wait)
     if preferred.durable:
         job_id = durable.submit(
@@ -158,7 +157,9 @@ def infer(model: str, version: str = "") -> Response:
         return durable.infer(job_id, preferred, render=lambda result: _rendered(result, fmt))
     timeout = deadline(given or settings.realtime_timeout, settings.max_realtime_timeout, cut=True)
     job_id = found.services.ids.mint(tenant())
-    return _realtime(asked, fmt, timeout, job_id)
+    # What finding out about the model took is gone.
+    left = max(0.001, timeout - (time.monotonic() - began))
+    return _realtime(asked, fmt, left, job_id)
 
 
 def _realtime(
@@ -224,18 +225,6 @@ def _header_length() -> int | None:
     if not re.fullmatch(r"[0-9]{1,12}", text):
         raise BadBody(f"{oip.HEADER_LENGTH}: must be a number of bytes")
     return int(text)
-
-
-def _take_timeout(asked: InferRequest) -> tuple[InferRequest, float | None]:
-    """OIP's own `timeout`, in microseconds, is the request's deadline: what is left of it goes
-    with the request all the way, so the model needs no second one. Seconds; None: not given."""
-    given = asked.parameters.get("timeout", 0)
-    if "timeout" not in asked.parameters:
-        return asked, None
-    rest = {name: value for name, value in asked.parameters.items() if name != "timeout"}
-    if not isinstance(given, int):
-        raise BadRequest("timeout: must be microseconds", param="timeout")
-    return replace(asked, parameters=rest), given / 1e6 or None
 
 
 def _accepts(encoding: str) -> bool:

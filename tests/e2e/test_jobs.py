@@ -472,3 +472,12 @@ def test_text_that_is_no_unicode_is_refused(mine: Http, field: str) -> None:
 def test_a_version_that_is_no_number_is_refused(mine: Http, version: str) -> None:
     job = {"model": "identity", "version": version, "input": ints(1)}
     assert mine.post("/v1/jobs", job).status == 422
+
+
+def test_a_models_own_timeout_is_the_jobs_deadline(mine: Http) -> None:
+    asked = {"model": "identity", "input": ints(1, delay_ms=20_000, timeout=500_000)}
+    job = ended(mine, mine.post("/v1/jobs", asked).json()["id"])
+    assert job["status"] == "expired"
+    wrong = {"model": "identity", "input": ints(1, timeout="soon")}
+    refused = mine.post("/v1/jobs", wrong)
+    assert (refused.status, "timeout" in str(refused.json())) == (400, True)
