@@ -141,6 +141,8 @@ def hanging(stack: Stack, name: str) -> Iterator[None]:
     family = [top, *top.children(recursive=True)]
     for process in family:
         process.send_signal(signal.SIGSTOP)
+    # A signal is a request: what runs on another core may still answer somebody.
+    until(lambda: all(one.status() == psutil.STATUS_STOPPED for one in family), 10)
     try:
         yield
     finally:
