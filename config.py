@@ -134,7 +134,8 @@ class Settings:
     """The longest one attempt at a chunk may take. Past it its calls are cancelled and the attempt
     counts as failed; a worker whose slot does not come back even then ends itself."""
     hint_timeout: float = 5.0
-    """A released chunk nobody claimed for this long is released again."""
+    """A released chunk nobody claimed for this long is released again; each time in vain the wait
+    doubles, up to 32 times this, until a worker arrives."""
     pump_credit: int = 4096
     """Items per group that may wait in the broker: a few seconds of work."""
     chunk_items: int = 256
