@@ -6,6 +6,7 @@ file with the journal.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 from collections.abc import Iterator
@@ -45,18 +46,24 @@ def test_a_point_to_die_at_is_a_place_in_the_product(point: crashing.Point) -> N
 
 
 def test_the_oracle_notices_that_commits_are_not_fenced(world: World) -> None:
-    """The last here: it leaves the ledger in disorder."""
-    run = Run(world)
+    """The last here: it leaves the ledger in disorder. A worker that comes back may notice that its
+    chunks are others' before it commits them; not each time."""
+    verdicts = []
     with world.altered("worker", env={"CHAOS_MUTANT": "fence"}), world.another("worker-1"):
-        run.batch(600, delay_ms=1000)
-        run.going(32)
-        with run.frozen("worker"):
+        for _ in range(4):
+            run = Run(world)
+            run.batch(600, delay_ms=1000)
+            run.going(32)
+            with run.frozen("worker"):
+                run.going(64)
+                # Its leases are over, and others have them.
+                taken = functools.partial(_taken_over, run)
+                run.until(taken, 6 * LEASE, "the chunks of a worker that is away")
             run.going(64)
-            # Its leases are over, and others have them.
-            run.until(lambda: _taken_over(run), 6 * LEASE, "the chunks of a worker that is away")
-        run.going(64)
-        verdict = run.finish(within=8, settle=1)
-    assert verdict.doubled, verdict
+            verdicts.append(run.finish(within=8, settle=1))
+            if verdicts[-1].doubled:
+                return
+    raise AssertionError(verdicts)
 
 
 def _taken_over(run: Run) -> bool:
