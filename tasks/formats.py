@@ -7,7 +7,7 @@ JSON whatever the format; `batches` writes those, and runs the packs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -147,14 +147,23 @@ class Format(Protocol):
     def plan(self, source: Source, limits: Limits) -> list[ChunkPlan]:
         """Cut the file into ranges. Raises `FileErrors`."""
 
-    def pieces(self, source: Source, claim: Claim, each: int, limits: Limits) -> list[ChunkPlan]:
+    def pieces(
+        self, source: Source, whole: ChunkPlan, each: int, limits: Limits
+    ) -> list[ChunkPlan]:
         """A range again, as ranges of `each` items."""
 
     def read(
-        self, source: Source, claim: Claim, spec: ModelSpec, limits: Limits
-    ) -> Iterator[Pack | Refused]:
+        self,
+        source: Source,
+        claim: Claim,
+        spec: ModelSpec,
+        limits: Limits,
+        enough: Callable[[], bool],
+    ) -> Iterator[Pack | Refused | ChunkPlan]:
         """Every item of a range once: in packs of up to `max_batch_size` rows and `pack_bytes`
-        bytes, of which only those not yet full are kept; or refused."""
+        bytes, of which only those not yet full are kept; or refused. Once it is `enough`, which is
+        asked now and then, what has been read is handed out, and then, as the last, what has not:
+        at least one item has been read by then."""
 
     def names(
         self, source: Source, items: Range, limits: Limits
