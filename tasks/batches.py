@@ -15,10 +15,11 @@ from storage.files import FileRow
 from storage.lifecycle import ChunkKind, ChunkState
 from storage.work import ChunkOutput, ChunkPlan, Claim, Done
 from tasks import attempts, batch_lines, pipeline
-from tasks.batch_lines import Lines, request_id
+from tasks.batch_lines import request_id
 from tasks.bootstrap import Services, WorkerServices
 from tasks.formats import FileErrors, Format, Limits, Member, Pack, Refused, Source
 from tasks.leases import Held
+from tasks.line_format import Lines
 
 _UNDONE = {
     ChunkState.CANCELED: (
