@@ -63,16 +63,16 @@ class Lines:
         enough: Callable[[], bool],
     ) -> Iterator[Pack | Refused | ChunkPlan]:
         reader = _Reader(claim, spec, limits)
-        left, stops = claim.items, False
+        done, stops = 0, False
         for number, offset, text in _lines(source, claim, limits):
             if stops:
                 yield from reader.rest()
                 later = tuple(one for one in claim.duplicates if one >= number)
-                yield ChunkPlan(left, number, offset, claim.byte_end, later)
+                yield ChunkPlan(claim.items - done, number, offset, claim.byte_end, later)
                 return
-            left -= 1
+            done += 1
             yield from reader.add(number, text)
-            stops = left % ASK_EVERY == 0 and enough()
+            stops = done % ASK_EVERY == 0 and enough()
         yield from reader.rest()
 
     def names(

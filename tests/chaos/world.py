@@ -38,6 +38,7 @@ SETTINGS = {
     "TIDEGATE_HINT_TIMEOUT": str(HINT),
     # Small, so that work is spread over many attempts.
     "TIDEGATE_CHUNK_ITEMS": str(CHUNK),
+    "TIDEGATE_MAX_BATCH_LINES": "1000000",
     # A storm hits the same chunk more often than life does; that attempts end is tested by itself.
     "TIDEGATE_MAX_ATTEMPTS": "50",
 }
