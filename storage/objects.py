@@ -50,7 +50,8 @@ class Stored:
 class ObjectStore(Protocol):
     """Safe to share between threads. Every method raises `Unavailable` where the store fails, and
     none waits for it without end; `DeadlineExceeded` where the time that `time_limit.within` gives
-    it is over, before or in the middle. A put that ends so has stored nothing."""
+    it is over, before or in the middle. A put that fails in either way has stored all or nothing:
+    the answer may be what was lost."""
 
     @property
     def cooperative(self) -> bool:

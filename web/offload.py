@@ -18,9 +18,9 @@ T = TypeVar("T")
 
 def offload(run: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """`run(…)` in a real thread, where threads have been replaced by greenlets; else right here. It
-    sees the caller's context, in which the store's time limit is.
-    What it calls must not touch anything that belongs to the event loop: no socket, for one, since
-    a pool would hand it to a thread whose loop is another."""
+    sees the caller's context, and with it the store's time limit. What it calls must not touch
+    anything that belongs to the event loop: no socket, for one, since a pool would hand it to a
+    thread whose loop is another."""
     if not monkey.is_module_patched("threading"):
         return run(*args, **kwargs)
     context = contextvars.copy_context()

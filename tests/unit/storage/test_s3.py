@@ -538,6 +538,15 @@ def use():
     assert store.get("x") == b"0123456789" * 1000
     assert b"".join(store.stream("x")) == b"0123456789" * 1000
 
+def refused():
+    folder = guarded(open_store(sys.argv[2]))
+    folder.put("x", b"1")
+    with within(0):
+        try:
+            folder.get("x")
+        except DeadlineExceeded:
+            return True
+
 def hurry():
     with within(0.4):
         try:
@@ -552,11 +561,14 @@ for _ in range(3):
     gevent.joinall(users, timeout=30, raise_error=True)
     assert all(user.successful() for user in users)
 assert hurried.get(timeout=30)
+assert gevent.spawn(refused).get(timeout=30)
 print(ticks)
 """
 
 
-def test_under_gevent_many_use_it_at_once_and_nobody_else_waits(server: Server, root: Path) -> None:
+def test_under_gevent_many_use_it_at_once_and_nobody_else_waits(
+    server: Server, root: Path, tmp_path: Path
+) -> None:
     """On connections that are kept: where one crossed threads, gevent would refuse it."""
 
     def slow(request: Request) -> bool:
@@ -567,7 +579,7 @@ def test_under_gevent_many_use_it_at_once_and_nobody_else_waits(server: Server, 
 
     server.on = slow
     done = subprocess.run(
-        [sys.executable, "-c", UNDER_GEVENT, server.url],
+        [sys.executable, "-c", UNDER_GEVENT, server.url, tmp_path.as_uri()],
         cwd=root,
         capture_output=True,
         text=True,
