@@ -39,18 +39,18 @@ class Shelf:
         """As Redis counts them."""
         return int(self._redis.hget(f"{self.namespace}:answers:sizes", "") or 0)
 
-    def keys(self) -> set[str]:
+    def names(self) -> set[str]:
         return {key.decode() for key in self._redis.scan_iter(f"{self.namespace}:*", count=10_000)}
 
     def lives(self) -> list[int]:
-        return [self._redis.pttl(key) for key in self.keys()]
+        return [self._redis.pttl(key) for key in self.names()]
 
     def consistent(self) -> bool:
         """What is known of the answers is what there is."""
         index = {name.decode() for name in self._redis.zrange(f"{self.namespace}:answers", 0, -1)}
         sizes = self._redis.hgetall(f"{self.namespace}:answers:sizes")
         total = int(sizes.pop(b"", 0))
-        there = {key.rpartition(":")[2] for key in self.keys() if ":answer:" in key}
+        there = {key.rpartition(":")[2] for key in self.names() if ":answer:" in key}
         return (
             index == there == {name.decode() for name in sizes}
             and sum(map(int, sizes.values())) == total
@@ -127,13 +127,13 @@ def test_every_key_ends(shelf: Shelf) -> None:
     shelf.keep(1, ttl=LONG)
     shelf.keep(2, ttl=5)
     shelf.keep(3, ttl=2 * LONG)
-    assert len(shelf.keys()) == 5
+    assert len(shelf.names()) == 5
     assert all(0 < life <= 2 * LONG * 1000 for life in shelf.lives())
 
 
 def test_a_redis_that_was_emptied_starts_anew(shelf: Shelf) -> None:
     shelf.keep(1)
-    for key in shelf.keys():
+    for key in shelf.names():
         shelf._redis.delete(key)
     assert shelf.keep(2)
     assert shelf.held() == 1000 + ANSWER_OVERHEAD
