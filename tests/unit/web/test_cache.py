@@ -225,7 +225,7 @@ class Model:
     """Stands in for the lane and the workers behind it: holds requests until told to answer."""
 
     def __init__(self) -> None:
-        self.told = described()
+        self.told: Any = described()
         self.version = "1"
         self.ran: list[InferRequest] = []
         self.errors: dict[str, TidegateError] = {}
