@@ -14,7 +14,6 @@ that its bytes are all it holds on to.
 from __future__ import annotations
 
 import hashlib
-import struct
 import threading
 import time
 from collections import OrderedDict
@@ -50,7 +49,6 @@ CATALOG_PATIENCE = 1.0
 """Seconds a request waits to hear which version is the latest, before it is run uncached."""
 
 _SEQUENCE = frozenset(("sequence_id", "sequence_start", "sequence_end"))
-_LENGTH = struct.Struct("<Q")
 
 
 def cacheable(request: InferRequest) -> bool:
@@ -79,8 +77,8 @@ def key_of(request: InferRequest, spec: ModelSpec, *, tenant: UUID, group: str) 
             [pair for pair in parameters if pair[0] != "priority"],
         ]
     )
-    digest = hashlib.sha256(_LENGTH.pack(len(text)) + text)
-    # With the lengths above, where one tensor ends and the next begins is no question.
+    digest = hashlib.sha256(text)
+    # Where the array ends is in it, and with the lengths in it so is where each tensor does.
     for tensor in inputs:
         digest.update(tensor.data)
     return digest.digest()

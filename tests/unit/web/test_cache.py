@@ -96,6 +96,16 @@ def test_requests_share_a_key_exactly_where_answers_may_be_shared(
     assert (key(one) == key(other)) == (essence(one) == essence(other))
 
 
+def test_where_one_input_ends_is_part_of_the_key() -> None:
+    def split(one: bytes, other: bytes) -> InferRequest:
+        # As they would be if somebody forgot to check them.
+        return strategies.identity(
+            Tensor("a", "BYTES", (1,), one), Tensor("b", "BYTES", (1,), other)
+        )
+
+    assert key(split(b"ab", b"c")) != key(split(b"a", b"bc"))
+
+
 @given(request=named_apart, data=st.data())
 def test_any_byte_of_any_input_makes_another_key(
     request: InferRequest, data: st.DataObject
@@ -234,6 +244,8 @@ class Model:
         self.arrived = threading.Semaphore(0)
         self.open = threading.Event()
         self.open.set()
+        self.permits: threading.Semaphore | None = None
+        """How many requests may be answered, where that is counted."""
         self.counts: Counter[str] = Counter()
 
     def query(self, _op: str, _model: str, _version: str) -> Any:
@@ -244,6 +256,8 @@ class Model:
     def infer(self, request: InferRequest, timeout: float) -> Answer:
         self.ran.append(request)
         self.arrived.release()
+        if self.permits:
+            assert self.permits.acquire(timeout=10)
         if not self.open.wait(min(timeout, 10)) or request.id in self.raised:
             raise self.raised.get(request.id, DeadlineExceeded("too late"))
         return Answer(
@@ -402,9 +416,10 @@ def test_what_one_gateway_has_kept_another_gives_no_longer_than_it_may(
     make: Make, model: Model, store: Store, clock: Clock
 ) -> None:
     one, other = make(), make()
-    infer(one, asked(1))
+    infer(one, asked(1, id="the first one's"))
     assert store.changed.wait(10)
     (name,) = store.kept
+    assert b"the first one's" not in store.kept[name].data
     store.kept[name] = Blob(store.kept[name].data, 7)
 
     assert infer(other, asked(1, id="x")).cache_status == "tidegate; hit; ttl=7; detail=redis"
@@ -475,6 +490,7 @@ def test_of_the_same_requests_at_one_time_one_runs(
         assert result(answer).id == str(n)
     assert len(model.ran) == 1
     assert model.counts["collapsed"] == 20
+    assert cache._following == 0
 
 
 @pytest.mark.parametrize("raised", [True, False], ids=["raised", "answered"])
@@ -499,14 +515,22 @@ def test_where_two_come_to_nothing_each_of_the_rest_runs_for_itself(
     make: Make, model: Model, pool: ThreadPoolExecutor
 ) -> None:
     cache = make()
-    model.open.clear()
+    model.permits = threading.Semaphore(0)
     model.errors["bad"] = ModelFailed("no luck")
     leader = pool.submit(infer, cache, asked(1, id="bad"))
     assert model.arrived.acquire(timeout=10)
     others = follow(cache, pool, *((asked(1, id="bad"), 30) for _ in range(5)))
-    model.open.set()
+    model.permits.release()
+    assert isinstance(leader.result(10).outcome, ModelFailed)
+    wait_for(lambda: len(model.ran) == 2)
+    wait_for(lambda: cache._following == 4 * 8)
+    model.permits.release()
 
-    assert all(isinstance(one.result(10).outcome, ModelFailed) for one in (leader, *others))
+    # The four that are left, none of which has been answered.
+    wait_for(lambda: len(model.ran) == 6)
+    assert sum(other.done() for other in others) == 1
+    model.permits.release(4)
+    assert all(isinstance(other.result(10).outcome, ModelFailed) for other in others)
     assert len(model.ran) == 6
 
 
@@ -571,8 +595,9 @@ def test_an_answer_of_a_newer_version_is_not_kept_as_the_old_one(
     assert result(leader.result(10)).version == "2"
     pinned.result(10)
     assert {one.id for one in model.ran} == {"", "pinned"}
-    # It has heard of it, and asks what there is now.
+    # It has heard of it, and asked what there is now.
     assert result(infer(cache, asked(1))).version == "2"
+    assert infer(cache, asked(1)).cached
 
 
 def test_another_configuration_makes_kept_answers_unreachable(
