@@ -103,12 +103,11 @@ class SharedAnswers:
                 if self._stopped and not self._asked:
                     return
                 asked = [self._asked.popleft() for _ in range(min(MOST, len(self._asked)))]
-                given = None
-                if not asked:
-                    # Somebody waits for the others.
-                    given = self._given.popleft()
+                given = self._given.popleft() if self._given else None
+                if given is not None:
                     self._bytes -= len(given[1])
             try:
+                # First: somebody waits for it.
                 self._look(asked)
                 if given is not None:
                     self._keep(*given)

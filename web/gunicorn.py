@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-bind = [os.environ.get("TIDEGATE_BIND", "127.0.0.1:8080")]
+bind = os.environ.get("TIDEGATE_BIND", "127.0.0.1:8080").split(",")
 workers = int(os.environ.get("TIDEGATE_GATEWAY_WORKERS", "1"))
 worker_class = "web.draining.DrainingWorker"
 worker_connections = 2000
@@ -37,6 +37,8 @@ _FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 _OURS = f"tidegate-metrics-{os.getpid()}-"
 
 if metrics := os.environ.get("TIDEGATE_METRICS_BIND"):
+    if metrics.rpartition(":")[2] in {public.rpartition(":")[2] for public in bind}:
+        raise ValueError("TIDEGATE_METRICS_BIND: needs another port than TIDEGATE_BIND")
     bind.append(metrics)
     # A gunicorn that reads its configuration again goes on with its folder; one that takes over
     # from another begins its own.

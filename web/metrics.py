@@ -23,7 +23,7 @@ BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 
 
 class Metrics:
-    """One per gateway process. Its numbers are per app, too: tests make several."""
+    """One per gateway process; what is registered is its own, so that tests may make several."""
 
     def __init__(self) -> None:
         registry = CollectorRegistry()
