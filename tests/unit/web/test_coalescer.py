@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from inference import frames
 from inference.tensors import InferRequest, InferResult, Tensor
 from storage.redis_state import Where
 from web.coalescer import MAX_WAITING, MAX_WAITING_BYTES, Coalescer
-from web.flight import LOOK_AFTER, LOST_LOOKS, NUDGE_AFTER, Answer, Waiting
+from web.flight import LOOK_AFTER, LOST_LOOKS, NUDGE_AFTER, Promise, Waiting
 
 
 class Broker:
@@ -97,7 +96,7 @@ def coalescer(
     )
 
 
-def submit(to: Coalescer, count: int = 1, timeout: float = 30) -> list[Future[Answer]]:
+def submit(to: Coalescer, count: int = 1, timeout: float = 30) -> list[Promise]:
     tensor = Tensor("INTS", "INT64", (1, 1), bytes(8))
     until = to._clock() + timeout
     waiting = [
