@@ -158,6 +158,7 @@ class Gateway:
             group=settings.group,
             window=settings.coalesce_window,
             max_items=settings.coalesce_items,
+            max_wait=settings.max_queue_time,
         )
         return cls(
             services=services,

@@ -144,12 +144,15 @@ def infer(model: str, version: str = "") -> Response:
     _refuse_too_large(request.content_length or 0)
     # Known before the body is: what the model is like must not take longer than the answer may.
     limit = deadline(settings.realtime_timeout, settings.max_realtime_timeout, cut=True)
-    entry = found.catalog.get(*_checked(model, version), timeout=min(limit, QUERY_TIMEOUT))
+    model, version = _checked(model, version)
+    entry = found.catalog.get(model, version, timeout=min(limit, QUERY_TIMEOUT))
+    preferred = preference(settings.max_wait)
+    if not preferred.durable:
+        found.lane.admit(model, version, limit)
     body, header_length = _body(), _header_length()
     asked, fmt = oip.parse_infer(body, header_length, model=model, version=version, spec=entry.spec)
     check(asked, entry.spec)
     asked, given = oip.take_timeout(asked)
-    preferred = preference(settings.max_wait)
     if preferred.durable:
         job_id = durable.submit(
             asked,
