@@ -111,7 +111,7 @@ class Settings:
     """Prefix of every Redis key of this deployment, the broker's among them. On RabbitMQ a virtual
     host is a deployment."""
     monitoring: bool = True
-    """Send Celery task events and answer remote control (Flower, `celery inspect`)."""
+    """Send Celery task events (of durable work) and answer remote control (Flower, `celery inspect`)."""
 
     # Worker
     group: str = "default"
@@ -179,6 +179,9 @@ class Settings:
     """Default deadline of a realtime request."""
     max_realtime_timeout: float = 300.0
     """The longest deadline a realtime request may ask for; it is cut to this."""
+    max_queue_time: float = 5.0
+    """A realtime request that would wait longer than this for its turn, or longer than its own
+    deadline, is refused at once: 503 with `Retry-After`."""
     max_wait: float = 60.0
     """Most seconds of `Prefer: wait=n`."""
     max_streams: int = 1000
@@ -189,6 +192,12 @@ class Settings:
     """Messages in flight per gateway process and model before requests gather in the next one."""
     coalesce_items: int = 64
     """Most requests in one message."""
+    metrics_bind: str = ""
+    """`host:port` where a gateway shows `/metrics`, out of tenants' reach. Empty: nowhere."""
+    cache_bytes: int = 64 * MIB
+    """Most bytes of answers that one gateway process keeps, of models that are marked for it."""
+    cache_redis_bytes: int = 64 * MIB
+    """Most bytes of answers that all gateways together keep in Redis."""
     catalog_ttl: float = 5.0
     """How long a gateway trusts what a worker said about a model."""
     key_ttl: float = 15.0
@@ -207,6 +216,10 @@ class Settings:
                     "TIDEGATE_LEASE: at least two sweep intervals, or live work is swept",
                 ),
                 (bool(objects), objects),
+                (
+                    not re.fullmatch(r"|.+:[0-9]{1,5}", self.metrics_bind),
+                    "TIDEGATE_METRICS_BIND: host:port",
+                ),
                 (
                     self.max_batch_lines > 400_000 * self.chunk_items,
                     "TIDEGATE_CHUNK_ITEMS: at least TIDEGATE_MAX_BATCH_LINES / 400000, or a batch"
@@ -245,6 +258,11 @@ class Settings:
     @property
     def broker(self) -> str:
         return self.broker_url or self.redis_url
+
+    @property
+    def metrics_port(self) -> int:
+        """0: there is none."""
+        return int(self.metrics_bind.rpartition(":")[2] or 0)
 
     def triton_address(self, gpu: str) -> str:
         """The Triton of one GPU: `127.0.0.1:80{gpu}1` on GPU 2 is `127.0.0.1:8021`."""
