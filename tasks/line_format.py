@@ -63,16 +63,15 @@ class Lines:
         enough: Callable[[], bool],
     ) -> Iterator[Pack | Refused | ChunkPlan]:
         reader = _Reader(claim, spec, limits)
-        done, stops = 0, False
-        for number, offset, text in _lines(source, claim, limits):
+        stops = False
+        for done, (number, offset, text) in enumerate(_lines(source, claim, limits)):
             if stops:
                 yield from reader.rest()
                 later = tuple(one for one in claim.duplicates if one >= number)
                 yield ChunkPlan(claim.items - done, number, offset, claim.byte_end, later)
                 return
-            done += 1
             yield from reader.add(number, text)
-            stops = done % ASK_EVERY == 0 and enough()
+            stops = (done + 1) % ASK_EVERY == 0 and enough()
         yield from reader.rest()
 
     def names(
