@@ -70,7 +70,9 @@ class Lines:
                 later = tuple(one for one in claim.duplicates if one >= number)
                 yield ChunkPlan(claim.items - done, number, offset, claim.byte_end, later)
                 return
-            yield from reader.add(number, text)
+            found = reader.add(number, text)
+            if found is not None:
+                yield from found
             stops = (done + 1) % ASK_EVERY == 0 and enough()
         yield from reader.rest()
 
@@ -126,12 +128,12 @@ class _Reader:
         self._packer = _Packer(spec.max_batch_size, limits.pack_bytes)
         self._duplicates = frozenset(claim.duplicates)
 
-    def add(self, number: int, text: bytes) -> Iterable[Pack | Refused]:
+    def add(self, number: int, text: bytes) -> Iterable[Pack | Refused] | None:
         """One line more; what is full with it, or refused."""
         if number not in self._duplicates:
             taken = self._alike.take(number, text)
             if taken is True:
-                return ()
+                return None
             if taken is not False:
                 return self._bundled(taken)
         return self._read(number, text)
