@@ -18,12 +18,16 @@ from pathlib import Path
 from urllib.request import urlopen
 from uuid import UUID
 
+import tritonclient.grpc as tritonclient
+
 from tests.chaos import broker, crashing, network
 from tests.chaos.client import Refused, ask, form
 from tests.chaos.oracle import Due, Item, Verdict
 from tests.chaos.world import LEASE, PRODUCT, Run
 
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
+DIGIT = {"inputs": [{"name": "image", "datatype": "FP32", "shape": [1, 64], "data": [0.0] * 64}]}
+"""A request for the model `digits`."""
 ANY = ("worker", "gateway", "redis", "postgres", "triton")
 
 
@@ -361,6 +365,39 @@ def triton_slow(run: Run) -> None:
     run.batch(64, delay_ms=int((LEASE + 2) * 1000))
 
 
+@scenario("F7", "a model unloaded and loaded again", resumes(10), survives(*PRODUCT), short=True)
+def model_unloaded(run: Run) -> None:
+    """Who waits is told at once; what was accepted waits for it; other models answer on. Recovery:
+    from the model's return to the next commit."""
+    run.batch(run.pick(400, 3000), delay_ms=200)
+    run.trickle(run.pick(60, 300), rate=run.pick(20, 8))
+    back: list[float] = []
+    with tritonclient.InferenceServerClient(run.world.env["TIDEGATE_TRITON_URL"]) as triton:
+        for _ in range(run.pick(1, 6)):
+            run.going(16)
+            triton.unload_model("identity")
+            try:
+                until = time.monotonic() + run.rng.uniform(1, run.pick(2, 6))
+                while time.monotonic() < until:
+                    _refused_while_away(run)
+                    time.sleep(0.1)
+            finally:
+                triton.load_model("identity")
+            back.append(run.resumed(within=20))
+        run.trickle(40, rate=20)
+        run.verdict = replace(run.finish(), recovery=back)
+
+
+def _refused_while_away(run: Run) -> None:
+    """Realtime for a model that is not loaded, and for one that is."""
+    reply = run.client.realtime("identity", ask(1))
+    if reply.status != 503 or "Retry-After" not in reply.headers:
+        run.problems.append(f"a model that is away answered {reply.status} {reply.body[:200]!r}")
+    reply = run.client.realtime("digits", DIGIT)
+    if reply.status != 200:
+        run.problems.append(f"another model answered {reply.status} {reply.body[:200]!r}")
+
+
 # F8: the object store
 
 
@@ -533,10 +570,7 @@ def overload(run: Run) -> None:
     longest = 0
     while time.monotonic() < until and run.submitting:
         longest = max(longest, run.world.journal.hints())
-        reply = run.client.once(
-            "POST", "/v2/models/identity/infer", json.dumps(ask(1)).encode(), {"X-Chaos": "1"}
-        )
-        waits.append(reply.status)
+        waits.append(run.client.realtime("identity", ask(1)).status)
         time.sleep(0.1)
     if longest > 200:
         run.problems.append(f"{longest} messages waited in the broker")

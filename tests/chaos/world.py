@@ -265,6 +265,12 @@ class Run:
         target = self.committed + more
         return self.until(lambda: self.committed >= target, within, f"{more} more items")
 
+    def resumed(self, within: float) -> float:
+        """Seconds until the next commit."""
+        began = time.monotonic()
+        self.going(within=within)
+        return time.monotonic() - began
+
     def unended(self) -> int:
         return self.world.journal.unended([job.job for job in self.client.accepted])
 
