@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +16,14 @@ from pathlib import Path
 from urllib.request import urlopen
 from uuid import UUID
 
+import psycopg2
+import redis
 import tritonclient.grpc as tritonclient
 
-from tests.chaos import broker, crashing, network
+from ops.embedded.process import StackError
+from tests.chaos import broker, crashing, disks, network
 from tests.chaos.client import Refused, ask, form
+from tests.chaos.journal import Holds
 from tests.chaos.oracle import Due, Item, Verdict
 from tests.chaos.world import LEASE, PRODUCT, Run
 
@@ -482,41 +484,134 @@ def worker_frozen(run: Run) -> None:
 # F12: no room
 
 
-@scenario("F12", "the object store's disk is full", survives(*PRODUCT))
+@contextlib.contextmanager
+def _skipped(impossible: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except impossible as error:
+        raise Skip(str(error)) from error
+
+
+@contextlib.contextmanager
+def _objects_at(run: Run, url: str, holds: Holds) -> Iterator[list[float]]:
+    """The product keeps its objects elsewhere meanwhile. Judged before that ends, with the
+    recovery that was noted in the list; the processes have to live through it."""
+    noted: list[float] = []
+    before, run.world.holds = run.world.holds, holds
+    try:
+        with run.world.altered(*PRODUCT, env={"TIDEGATE_OBJECTS_URL": url}):
+            run.pids = {name: run.stack.pid(name) for name in PRODUCT}
+            yield noted
+            verdict = replace(run.finish(), recovery=noted)
+            died = survives(*PRODUCT)(run, verdict)
+            run.verdict = replace(verdict, problems=(*verdict.problems, *died))
+    finally:
+        run.world.holds = before
+
+
+@scenario("F12", "the object store's disk is full")
 def disk_full(run: Run) -> None:
     """What cannot be stored is not accepted, and what was accepted waits for room."""
     folder = run.stack.var / "small"
-    folder.mkdir(exist_ok=True)
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        raise Skip(f"a small file system: {mounted.stderr.strip()}")
-    objects, run.world.objects = run.world.objects, folder
-    try:
-        with run.world.altered(*PRODUCT, env={"TIDEGATE_OBJECTS_URL": folder.as_uri()}):
-            run.pids = {name: run.stack.pid(name) for name in PRODUCT}
-            run.batch(800, delay_ms=300)
-            run.going(16)
-            ballast = folder / "ballast"
-            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
-                while True:
-                    file.write(bytes(4096))
+    with (
+        _skipped(disks.Impossible),
+        disks.small(folder, 8 * disks.MIB),
+        _objects_at(run, folder.as_uri(), lambda key: (folder / key).exists()) as recovery,
+    ):
+        run.batch(800, delay_ms=300)
+        run.going(16)
+        with disks.full(folder):
             status = run.client.once("POST", "/v1/files", *form(bytes(100_000))).status
             if status != 503:
                 run.problems.append(f"a file that cannot be stored was answered with {status}")
             time.sleep(5)
-            ballast.unlink()
-            run.going(16, within=40)
-            run.verdict = run.finish()
-            run.problems += [
-                problem for expect in (survives(*PRODUCT),) for problem in expect(run, run.verdict)
-            ]
+        recovery.append(run.resumed(within=40))
+
+
+@contextlib.contextmanager
+def _cramped(run: Run, name: str, room: int) -> Iterator[Path]:
+    """The disk of a store has little room meanwhile. Gives its folder."""
+    folder = run.stack.var / name
+    with contextlib.ExitStack() as disk:
+        with run.world.without(name), _skipped(disks.Impossible):
+            disk.enter_context(disks.cramped(folder, room))
+        yield folder
+        with run.world.without(name):
+            disk.close()
+
+
+def _refusing(run: Run, seconds: float) -> None:
+    """What is submitted meanwhile is refused in words, or accepted and kept."""
+    before = len(run.client.submits)
+    time.sleep(seconds)
+    statuses = {status for status, _ in run.client.submits[before:]}
+    if not statuses <= {202, 503}:
+        run.problems.append(f"submits were answered with {statuses} for want of room")
+
+
+@scenario("F12", "Postgres' disk is full", survives(*PRODUCT), resumes(10))
+def ledger_full(run: Run) -> None:
+    """First its tables find no room: it refuses, and so do we. Then its log: it ends itself, and
+    does not come up again before there is some."""
+    back: list[float] = []
+    with _cramped(run, "postgres", 48 * disks.MIB) as folder:
+        run.batch(run.pick(800, 3000), delay_ms=250)
+        run.trickle(run.pick(100, 400), rate=12)
+        run.going(16)
+        for _ in range(run.pick(1, 3)):
+            with disks.full(folder):
+                _refusing(run, run.pick(3, 5))
+            back.append(run.resumed(within=40))
+        if 503 not in {status for status, _ in run.client.submits}:
+            run.problems.append("nothing was refused: was there room?")
+        with disks.full(folder), _without_a_log(run):
+            _refusing(run, run.pick(2, 8))
+        back.append(run.resumed(within=40))
+        run.drain()
+    run.verdict = replace(run.finish(), recovery=back)
+
+
+@contextlib.contextmanager
+def _without_a_log(run: Run) -> Iterator[None]:
+    """Postgres' log is full to its last byte, which it does not survive, nor a start meanwhile."""
+    run.world.wanted.remove("postgres")
+    try:
+        while run.stack.alive("postgres"):
+            with contextlib.suppress(psycopg2.Error):
+                text = "SELECT pg_logical_emit_message(false, 'chaos', %s)"
+                run.world.journal.sql(text, "x" * disks.MIB, patience=0)
+        with contextlib.suppress(StackError):
+            run.stack.start(only=("postgres",))
+        yield
     finally:
-        run.world.objects = objects
-        run.pids = {name: run.stack.pid(name) for name in PRODUCT}
-        subprocess.run(["umount", "-l", folder], check=False)
-        shutil.rmtree(folder, ignore_errors=True)
+        run.world.wanted.add("postgres")
+
+
+@scenario("F12", "Redis' disk is full", survives(*PRODUCT), resumes(10))
+def hints_full(run: Run) -> None:
+    """It takes no command that writes. Jobs are accepted: they need none."""
+    back: list[float] = []
+    with _cramped(run, "redis", 48 * disks.MIB) as folder:
+        run.batch(run.pick(800, 3000), delay_ms=250)
+        run.trickle(run.pick(100, 400), rate=12)
+        for _ in range(run.pick(1, 3)):
+            run.going(16)
+            with disks.full(folder):
+                run.until(lambda: _refuses_writes(run), 10, "Redis writes on")
+                _refusing(run, run.pick(3, 6))
+                reply = run.client.realtime("identity", ask(1))
+                if reply.status != 503:
+                    run.problems.append(f"realtime was answered {reply.status} {reply.body!r}")
+            back.append(run.resumed(within=40))
+        run.drain()
+    run.verdict = replace(run.finish(), recovery=back)
+
+
+def _refuses_writes(run: Run) -> bool:
+    with run.world.redis() as client, contextlib.suppress(redis.RedisError):
+        client.set("tidegate:chaos", "x", px=1000)
+        return False
+    return True
 
 
 # F13: poison

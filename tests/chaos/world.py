@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ops.embedded import Stack
 from ops.embedded.process import Process, StackError
 from tests.chaos.client import CHUNK, Client, Refused
-from tests.chaos.journal import Journal
+from tests.chaos.journal import Holds, Journal
 from tests.chaos.oracle import Due, Evidence, Item, Kill, Verdict, judge
 
 STORES = ("triton", "redis", "postgres")
@@ -62,7 +62,8 @@ class World:
         self.stack.open()
         self.stack.processes["worker"] = watched(self.stack.processes["worker"])
         self.journal = Journal(self.stack.env)
-        self.objects = self.stack.var / "objects"
+        objects = self.stack.var / "objects"
+        self.holds: Holds = lambda key: (objects / key).exists()
         self.wanted = {*STORES, *PRODUCT}
         """What should run: `revive` sees to it."""
 
@@ -266,8 +267,9 @@ class Run:
         return self.until(lambda: self.committed >= target, within, f"{more} more items")
 
     def resumed(self, within: float) -> float:
-        """Seconds until the next commit."""
+        """Seconds until the next commit, the restart of what is dead included."""
         began = time.monotonic()
+        self.world.revive()
         self.going(within=within)
         return time.monotonic() - began
 
@@ -362,7 +364,7 @@ class Run:
         settled = time.monotonic() + settle
         while True:
             rest = self.world.journal.rest(
-                [job.job for job in accepted], [job.key for job in accepted], self.world.objects
+                [job.job for job in accepted], [job.key for job in accepted], self.world.holds
             )
             if not (rest.outbox or rest.hints) or time.monotonic() > settled:
                 break
