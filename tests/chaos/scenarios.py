@@ -25,6 +25,7 @@ from tests.chaos import broker, crashing, disks, network
 from tests.chaos.client import Refused, ask, form
 from tests.chaos.journal import Holds
 from tests.chaos.oracle import Due, Item, Verdict
+from tests.chaos.s3 import WEIGHTS, Fault, FaultyS3
 from tests.chaos.world import LEASE, PRODUCT, Run
 
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
@@ -403,11 +404,56 @@ def _refused_while_away(run: Run) -> None:
 # F8: the object store
 
 
+@contextlib.contextmanager
+def _objects_at(run: Run, url: str, holds: Holds, **settings: str) -> Iterator[list[float]]:
+    """The product keeps its objects elsewhere meanwhile. Judged before that ends, with the
+    recovery that was noted in the list; the processes have to live through it."""
+    noted: list[float] = []
+    before, run.world.holds = run.world.holds, holds
+    try:
+        with run.world.altered(*PRODUCT, env={"TIDEGATE_OBJECTS_URL": url, **settings}):
+            run.pids = {name: run.stack.pid(name) for name in PRODUCT}
+            yield noted
+            verdict = replace(run.finish(), recovery=noted)
+            died = survives(*PRODUCT)(run, verdict)
+            run.verdict = replace(verdict, problems=(*verdict.problems, *died))
+    finally:
+        run.world.holds = before
+
+
 @scenario("F8", "30 % of writes to the store fail", survives("gateway", "sweeper"))
 def flaky_store(run: Run) -> None:
     """Half of those after they succeeded."""
     with run.world.altered("worker", env={"CHAOS_STORE": "0.3"}):
         run.batch(run.pick(300, 1500), delay_ms=20)
+        run.drain()
+
+
+@scenario("F8", "S3 fails at 10 %, 50 % and all of what it is asked")
+def s3_fails(run: Run) -> None:
+    """Before or after it did what it was asked, slowly, or in the middle of an answer. Large and
+    small, everything is kept there."""
+    small = {"TIDEGATE_INLINE_BYTES": "1"}
+    with (
+        contextlib.closing(FaultyS3(run.world.seed)) as s3,
+        _objects_at(run, s3.url, s3.holds, **small) as recovery,
+    ):
+        for s3.rate, lines in ((0.1, run.pick(200, 1600)), (0.5, run.pick(64, 480))):
+            run.batch(lines, delay_ms=20)
+            run.trickle(lines // 8, rate=10)
+            run.drain()
+        if unseen := s3.weights.keys() - {Fault.HANGING} - s3.faults.keys():
+            run.problems.append(f"never happened: {', '.join(fault.value for fault in unseen)}")
+        s3.rate = 0.0
+        run.batch(run.pick(320, 960), delay_ms=400)
+        run.going(16)
+        s3.rate, s3.weights = 1.0, {Fault.BUSY: 1}
+        status = run.client.once("POST", "/v1/files", *form(b"{}")).status
+        if status != 503:
+            run.problems.append(f"a file that cannot be stored was answered with {status}")
+        time.sleep(run.pick(2, 8))
+        s3.rate, s3.weights = 0.1, WEIGHTS
+        recovery.append(run.resumed(within=60))
         run.drain()
 
 
@@ -490,23 +536,6 @@ def _skipped(impossible: type[Exception]) -> Iterator[None]:
         yield
     except impossible as error:
         raise Skip(str(error)) from error
-
-
-@contextlib.contextmanager
-def _objects_at(run: Run, url: str, holds: Holds) -> Iterator[list[float]]:
-    """The product keeps its objects elsewhere meanwhile. Judged before that ends, with the
-    recovery that was noted in the list; the processes have to live through it."""
-    noted: list[float] = []
-    before, run.world.holds = run.world.holds, holds
-    try:
-        with run.world.altered(*PRODUCT, env={"TIDEGATE_OBJECTS_URL": url}):
-            run.pids = {name: run.stack.pid(name) for name in PRODUCT}
-            yield noted
-            verdict = replace(run.finish(), recovery=noted)
-            died = survives(*PRODUCT)(run, verdict)
-            run.verdict = replace(verdict, problems=(*verdict.problems, *died))
-    finally:
-        run.world.holds = before
 
 
 @scenario("F12", "the object store's disk is full")
