@@ -77,6 +77,8 @@ def tell(played: Played) -> None:
             + (f" {longest:.1f} s" if longest is not None else "")
         )
     say(f"{word} {name} {played.seconds:5.0f} s {figures}")
+    for note in played.notes:
+        say(f"       {note}")
     for problem in () if played.ok else played.problems:
         say(f"       {problem}")
 

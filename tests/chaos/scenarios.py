@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ import tritonclient.grpc as tritonclient
 from ops.embedded.process import StackError
 from tests.chaos import broker, crashing, disks, network
 from tests.chaos.client import Refused, ask, form
+from tests.chaos.flood import Flood
 from tests.chaos.journal import Holds
 from tests.chaos.oracle import Due, Item, Verdict
 from tests.chaos.s3 import WEIGHTS, Fault, FaultyS3
@@ -31,6 +33,8 @@ from tests.chaos.world import LEASE, PRODUCT, Run
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 DIGIT = {"inputs": [{"name": "image", "datatype": "FP32", "shape": [1, 64], "data": [0.0] * 64}]}
 """A request for the model `digits`."""
+FLOOD_DEADLINE = 2.0
+"""Seconds that each request of a flood is good for."""
 ANY = ("worker", "gateway", "redis", "postgres", "triton")
 
 
@@ -700,6 +704,69 @@ def overload(run: Run) -> None:
         run.problems.append(f"{longest} messages waited in the broker")
     if waits and waits.count(200) < 0.9 * len(waits):
         run.problems.append(f"realtime was answered {waits.count(200)} times of {len(waits)}")
+
+
+@contextlib.contextmanager
+def _little_capacity(run: Run) -> Iterator[None]:
+    """The model runs two batches of four at a time, so that this machine can ask for more."""
+    with tritonclient.InferenceServerClient(run.world.env["TIDEGATE_TRITON_URL"]) as triton:
+        config = triton.get_model_config("identity", as_json=True)["config"]
+        config["max_batch_size"] = 4
+        config["instance_group"] = [{"name": "two", "count": 2, "kind": "KIND_CPU"}]
+        config["dynamic_batching"].pop("preferred_batch_size", None)
+        triton.load_model("identity", config=json.dumps(config))
+        try:
+            # A worker remembers for a while how much a model takes at once.
+            with run.world.altered("worker"):
+                run.pids["worker"] = run.stack.pid("worker")
+                yield
+        finally:
+            run.pids["worker"] = run.stack.pid("worker")
+            triton.unload_model("identity")
+            triton.load_model("identity")
+
+
+@scenario("F14", "2, 5 and 10 times as much asked as can be done", survives(*PRODUCT))
+def flooded(run: Run) -> None:
+    """For ten minutes, and then it is as before. Batches go on meanwhile. How many answers still
+    come in time is noted."""
+    flood = Flood(
+        run.world.env["TIDEGATE_URL"],
+        "/v2/models/identity/infer",
+        {"Authorization": f"Bearer {run.world.env['TIDEGATE_API_KEY']}"},
+        json.dumps(ask(1, delay_ms=100)).encode(),
+        deadline=FLOOD_DEADLINE,
+    )
+    over = threading.Event()
+
+    def batches() -> None:
+        while not over.wait(0.2):
+            if not run.unended():
+                run.batch(480, delay_ms=100)
+
+    with _little_capacity(run):
+        run.behind(batches)
+        run.going(16)
+        peak = flood.crowd(16, run.pick(5, 20))
+        run.notes.append(f"16 clients: {peak}")
+        for times in (2, 5, 10):
+            before = run.committed
+            tally = flood.flow(times * peak.goodput, run.pick(6, 200))
+            share = tally.goodput / peak.goodput
+            run.notes.append(f"{times} times that: {tally}; {share:.0%} of what it was")
+            if odd := tally.statuses.keys() - {0, 200, 429, 503, 504}:
+                run.problems.append(f"a flood was answered with {odd}")
+            if run.committed == before:
+                run.problems.append("the batch stood still")
+        began = time.monotonic()
+        while (calm := flood.flow(peak.goodput / 4, 2)).statuses[200] < 0.95 * calm.sent:
+            if time.monotonic() - began > 30:
+                run.problems.append(f"30 s after the flood: {calm}")
+                break
+        normal = time.monotonic() - began
+        over.set()
+        run.drain()
+    run.verdict = replace(run.finish(), recovery=[normal])
 
 
 # F15: messages

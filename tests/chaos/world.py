@@ -187,6 +187,8 @@ class Run:
         self.idempotent = True
         self.kills: list[Kill] = []
         self.problems: list[str] = []
+        self.notes: list[str] = []
+        """Figures of its own, for the report."""
         world.revive()
         self.verdict: Verdict | None = None
         """Where a scenario had to have it before its world is put right again."""
