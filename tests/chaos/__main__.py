@@ -1,4 +1,4 @@
-"""`python -m tests.chaos`: the long fault tests, about 25 minutes. See `docs/chaos.md`."""
+"""`python -m tests.chaos`: the long fault tests, about an hour. See `docs/chaos.md`."""
 
 from __future__ import annotations
 
