@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 
-@dataclass
+@dataclass(slots=True)
 class Tally:
     """What became of the requests of one flood. Seconds."""
 

@@ -42,6 +42,15 @@ class Skip(Exception):
     """Not on this machine; the message says why."""
 
 
+@contextlib.contextmanager
+def _skipped(impossible: type[Exception]) -> Iterator[None]:
+    """What is impossible here is skipped."""
+    try:
+        yield
+    except impossible as error:
+        raise Skip(str(error)) from error
+
+
 Expect = Callable[[Run, Verdict], Iterator[str]]
 
 
@@ -280,13 +289,10 @@ def redis_full(run: Run) -> None:
 @contextlib.contextmanager
 def _apart(run: Run) -> Iterator[network.Namespace]:
     """The worker runs in a network namespace of its own."""
-    try:
-        with network.namespace(run.world.env) as inside:
-            command = _prefixed(inside.prefix)
-            with run.world.altered("worker", env=inside.env, command=command):
-                yield inside
-    except network.Impossible as error:
-        raise Skip(str(error)) from error
+    with _skipped(network.Impossible), network.namespace(run.world.env) as inside:
+        command = _prefixed(inside.prefix)
+        with run.world.altered("worker", env=inside.env, command=command):
+            yield inside
 
 
 def _prefixed(prefix: Sequence[str]) -> Callable[[Sequence[str | Path]], Sequence[str | Path]]:
@@ -534,14 +540,6 @@ def worker_frozen(run: Run) -> None:
 # F12: no room
 
 
-@contextlib.contextmanager
-def _skipped(impossible: type[Exception]) -> Iterator[None]:
-    try:
-        yield
-    except impossible as error:
-        raise Skip(str(error)) from error
-
-
 @scenario("F12", "the object store's disk is full")
 def disk_full(run: Run) -> None:
     """What cannot be stored is not accepted, and what was accepted waits for room."""
@@ -607,12 +605,16 @@ def ledger_full(run: Run) -> None:
 @contextlib.contextmanager
 def _without_a_log(run: Run) -> Iterator[None]:
     """Postgres' log is full to its last byte, which it does not survive, nor a start meanwhile."""
+    text = "SELECT pg_logical_emit_message(false, 'chaos', %s)"
+
+    def ended() -> bool:
+        with contextlib.suppress(psycopg2.Error):
+            run.world.journal.sql(text, "x" * disks.MIB, patience=0)
+        return not run.stack.alive("postgres")
+
     run.world.wanted.remove("postgres")
     try:
-        while run.stack.alive("postgres"):
-            with contextlib.suppress(psycopg2.Error):
-                text = "SELECT pg_logical_emit_message(false, 'chaos', %s)"
-                run.world.journal.sql(text, "x" * disks.MIB, patience=0)
+        run.until(ended, 30, "Postgres ends without room for its log")
         with contextlib.suppress(StackError):
             run.stack.start(only=("postgres",))
         yield
@@ -737,36 +739,50 @@ def flooded(run: Run) -> None:
         json.dumps(ask(1, delay_ms=100)).encode(),
         deadline=FLOOD_DEADLINE,
     )
+    with _little_capacity(run):
+        with _batches(run):
+            run.going(16)
+            normal = _flooded(run, flood)
+        run.drain()
+    run.verdict = replace(run.finish(), recovery=[normal])
+
+
+@contextlib.contextmanager
+def _batches(run: Run) -> Iterator[None]:
+    """One after the other, meanwhile."""
     over = threading.Event()
 
-    def batches() -> None:
+    def submit() -> None:
         while not over.wait(0.2):
             if not run.unended():
                 run.batch(480, delay_ms=100)
 
-    with _little_capacity(run):
-        run.behind(batches)
-        run.going(16)
-        peak = flood.crowd(16, run.pick(5, 20))
-        run.notes.append(f"16 clients: {peak}")
-        for times in (2, 5, 10):
-            before = run.committed
-            tally = flood.flow(times * peak.goodput, run.pick(6, 200))
-            share = tally.goodput / peak.goodput
-            run.notes.append(f"{times} times that: {tally}; {share:.0%} of what it was")
-            if odd := tally.statuses.keys() - {0, 200, 429, 503, 504}:
-                run.problems.append(f"a flood was answered with {odd}")
-            if run.committed == before:
-                run.problems.append("the batch stood still")
-        began = time.monotonic()
-        while (calm := flood.flow(peak.goodput / 4, 2)).statuses[200] < 0.95 * calm.sent:
-            if time.monotonic() - began > 30:
-                run.problems.append(f"30 s after the flood: {calm}")
-                break
-        normal = time.monotonic() - began
+    run.behind(submit)
+    try:
+        yield
+    finally:
         over.set()
-        run.drain()
-    run.verdict = replace(run.finish(), recovery=[normal])
+
+
+def _flooded(run: Run, flood: Flood) -> float:
+    """The floods. Seconds from their end until all is as before."""
+    peak = flood.crowd(16, run.pick(5, 20))
+    run.notes.append(f"16 clients: {peak}")
+    for times in (2, 5, 10):
+        before = run.committed
+        tally = flood.flow(times * peak.goodput, run.pick(6, 200))
+        share = tally.goodput / peak.goodput
+        run.notes.append(f"{times} times that: {tally}; {share:.0%} of what it was")
+        if odd := tally.statuses.keys() - {0, 200, 429, 503, 504}:
+            run.problems.append(f"a flood was answered with {odd}")
+        if run.committed == before:
+            run.problems.append("the batch stood still")
+    began = time.monotonic()
+    while (calm := flood.flow(peak.goodput / 4, 2)).statuses[200] < 0.95 * calm.sent:
+        if time.monotonic() - began > 30:
+            run.problems.append(f"30 s after the flood: {calm}")
+            break
+    return time.monotonic() - began
 
 
 # F15: messages
