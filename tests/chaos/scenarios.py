@@ -383,7 +383,7 @@ def model_unloaded(run: Run) -> None:
     """Who waits is told at once; what was accepted waits for it; other models answer on. Recovery:
     from the model's return to the next commit."""
     run.batch(run.pick(400, 3000), delay_ms=200)
-    run.trickle(run.pick(60, 300), rate=run.pick(20, 8))
+    run.trickle(run.pick(30, 300), rate=run.pick(20, 8))
     back: list[float] = []
     with tritonclient.InferenceServerClient(run.world.env["TIDEGATE_TRITON_URL"]) as triton:
         for _ in range(run.pick(1, 6)):
@@ -397,7 +397,7 @@ def model_unloaded(run: Run) -> None:
             finally:
                 triton.load_model("identity")
             back.append(run.resumed(within=20))
-        run.trickle(40, rate=20)
+        run.trickle(run.pick(10, 40), rate=20)
         run.verdict = replace(run.finish(), recovery=back)
 
 
