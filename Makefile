@@ -48,7 +48,7 @@ test-rabbitmq: install ## Run the end-to-end tests with RabbitMQ as broker
 		tests/e2e tests/integration/test_tasks.py --ignore tests/e2e/test_demo.py
 
 .PHONY: chaos
-chaos: install ## Kill everything under load for 25 minutes; writes docs/chaos.md
+chaos: install ## Kill everything under load for an hour; writes docs/chaos.md
 	@exec $(PYTHON) -m tests.chaos --out docs/chaos.md $(ARGS)
 
 .PHONY: lint
