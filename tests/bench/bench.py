@@ -1,0 +1,95 @@
+"""One suite's run: how much, on what, and how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+from tests.bench import load
+from tests.bench.contenders import Contender
+from tests.bench.ground import Ground
+from tests.bench.measure import Meter
+from tests.bench.payload import Payload
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much."""
+
+    rounds: int = 5
+    seconds: float = 5.0
+    """Of one measurement."""
+    warm: float = 2.0
+    rows: int = 1_000_000
+    """Of the batch whose memory is looked at."""
+    short: bool = False
+    """Only to see that it runs."""
+
+    @classmethod
+    def least(cls) -> Plan:
+        return cls(rounds=1, seconds=1.0, warm=0.0, rows=2_000, short=True)
+
+    def pick(self, short: int, long: int) -> int:
+        return short if self.short else long
+
+
+@dataclass(slots=True)
+class Bench:
+    ground: Ground
+    plan: Plan
+    name: str
+    quiet: bool = False
+    problems: list[str] = field(default_factory=list)
+    bar: tqdm[None] | None = None
+
+    def turns(self, contenders: Sequence[Contender]) -> Iterator[Contender]:
+        """Each in turn, round after round; what is only its own runs for its turn."""
+        for number, contender in self.steps(contenders, lambda one: one.name):
+            del number
+            with contender.running(self.ground):
+                yield contender
+
+    def steps(self, things, label):  # type: ignore[no-untyped-def]
+        """(round, thing), with a progress bar."""
+        total = self.plan.rounds * len(things)
+        with tqdm(total=total, desc=self.name, ncols=80, disable=self.quiet or None) as self.bar:
+            for number in range(self.plan.rounds):
+                for thing in things:
+                    self.bar.set_postfix_str(label(thing)[:24])
+                    yield number, thing
+                    self.bar.update()
+
+    def fire(
+        self,
+        contender: Contender,
+        payload: Payload,
+        *,
+        connections: int,
+        seconds: float | None = None,
+        rate: float = 0,
+        limit: int = 0,
+        path: str = "",
+        clean: bool = True,
+    ) -> tuple[load.Tally, Meter]:
+        """One measurement. Errors in it are a problem, unless not meant to be `clean`."""
+        shot = contender.shot(payload, self.ground, path)
+        with Meter(self.ground.stack, contender.counted) as meter:
+            tally = load.fire(
+                shot,
+                connections=connections,
+                seconds=seconds or self.plan.seconds,
+                rate=rate,
+                limit=limit,
+                statuses=not clean,
+            )
+        if clean and (problem := tally.problem()):
+            self.problems.append(f"{contender.name}, {payload.name}, {connections}: {problem}")
+        return tally, meter
+
+    def warm(self, contender: Contender, payload: Payload, *, connections: int) -> None:
+        contender.check(payload)
+        if self.plan.warm:
+            shot = contender.shot(payload, self.ground)
+            load.fire(shot, connections=connections, seconds=self.plan.warm)
