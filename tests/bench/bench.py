@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -12,6 +13,8 @@ from tests.bench.contenders import Contender
 from tests.bench.ground import Ground
 from tests.bench.measure import Meter
 from tests.bench.payload import Payload
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +45,23 @@ class Bench:
     name: str
     quiet: bool = False
     problems: list[str] = field(default_factory=list)
-    bar: tqdm[None] | None = None
 
     def turns(self, contenders: Sequence[Contender]) -> Iterator[Contender]:
         """Each in turn, round after round; what is only its own runs for its turn."""
-        for number, contender in self.steps(contenders, lambda one: one.name):
-            del number
+        for contender in self.steps(contenders):
             with contender.running(self.ground):
                 yield contender
 
-    def steps(self, things, label):  # type: ignore[no-untyped-def]
-        """(round, thing), with a progress bar."""
-        total = self.plan.rounds * len(things)
-        with tqdm(total=total, desc=self.name, ncols=80, disable=self.quiet or None) as self.bar:
-            for number in range(self.plan.rounds):
+    def steps(self, things: Sequence[T], rounds: int | None = None) -> Iterator[T]:
+        """Each thing, round after round, with a progress bar."""
+        times = rounds or self.plan.rounds
+        total = times * len(things)
+        with tqdm(total=total, desc=self.name, ncols=80, disable=self.quiet or None) as bar:
+            for _ in range(times):
                 for thing in things:
-                    self.bar.set_postfix_str(label(thing)[:24])
-                    yield number, thing
-                    self.bar.update()
+                    bar.set_postfix_str(f"{thing}"[:24])
+                    yield thing
+                    bar.update()
 
     def fire(
         self,
@@ -70,11 +72,11 @@ class Bench:
         seconds: float | None = None,
         rate: float = 0,
         limit: int = 0,
-        path: str = "",
+        url: str = "",
         clean: bool = True,
     ) -> tuple[load.Tally, Meter]:
         """One measurement. Errors in it are a problem, unless not meant to be `clean`."""
-        shot = contender.shot(payload, self.ground, path)
+        shot = contender.shot(payload, self.ground, url)
         with Meter(self.ground.stack, contender.counted) as meter:
             tally = load.fire(
                 shot,

@@ -49,10 +49,12 @@ class Contender:
             self.check(small())
             yield
 
-    def shot(self, payload: Payload, ground: Ground, path: str = "") -> Shot:
-        url = self.url if not path else self.url.rsplit("/", 1)[0] + path
+    def __str__(self) -> str:
+        return self.name
+
+    def shot(self, payload: Payload, ground: Ground, url: str = "") -> Shot:
         body = payload.written(ground.folder)
-        return Shot(url, "POST", body, {**self.headers, **payload.headers})
+        return Shot(url or self.url, "POST", body, {**self.headers, **payload.headers})
 
     def check(self, payload: Payload) -> None:
         """Raises unless the answer is right."""
@@ -71,6 +73,12 @@ def direct(ground: Ground) -> Contender:
 
 def tidegate(ground: Ground) -> Contender:
     return Contender("Tidegate", ground.env["TIDEGATE_URL"] + INFER, TIDEGATE, headers=ground.key)
+
+
+def tidegate_digits(ground: Ground) -> Contender:
+    """The same, for another model."""
+    url = ground.env["TIDEGATE_URL"] + "/v2/models/digits/infer"
+    return Contender("Tidegate", url, TIDEGATE, headers=ground.key)
 
 
 def bare(ground: Ground) -> Contender:
@@ -104,15 +112,23 @@ def tutorial(ground: Ground, pool: str) -> Contender:
     return _served(ground, f"tutorial, {pool}", web, (worker,), server, STORES)
 
 
-def bentoml(ground: Ground) -> Contender:
-    command = [_peer("bentoml"), "serve", "bento:Infer", "--working-dir", SERVICES]
+def bentoml(ground: Ground, processes: int) -> Contender:
+    command: list[str | Path] = [
+        _peer("bentoml"),
+        "serve",
+        "bento:Infer",
+        "--working-dir",
+        SERVICES,
+    ]
     command += ["--host", HOST, "--port", "{port}"]
-    return _served(ground, "BentoML", "bentoml", (), command, ("triton",), BENTOML_DO_NOT_TRACK="1")
+    env = {"BENTOML_DO_NOT_TRACK": "1", "BENCH_PROCESSES": str(processes)}
+    title = f"BentoML, {processes} worker{'s' * (processes > 1)}"
+    return _served(ground, title, f"bentoml-{processes}", (), command, ("triton",), **env)
 
 
 def ray(ground: Ground, *, haproxy: bool) -> Contender:
     """As it comes, and as its page on throughput advises."""
-    command = [_peer("python"), SERVICES / "rayserve.py", "{port}"]
+    command: list[str | Path] = [_peer("python"), SERVICES / "rayserve.py", "{port}"]
     env = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
     if not haproxy:
         return _served(ground, "Ray Serve", "ray", (), command, ("triton",), **env)
@@ -176,7 +192,6 @@ def _env(ground: Ground) -> dict[str, str]:
         "BENCH_TRITON": ground.env["TIDEGATE_TRITON_URL"],
         "BENCH_BROKER": ground.redis_url(BROKER),
         "BENCH_RESULTS": ground.redis_url(RESULTS),
-        "BENCH_PROCESSES": str(gateway.workers),
         "PYTHONUNBUFFERED": "1",
     }
 

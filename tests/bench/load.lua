@@ -6,6 +6,8 @@ local ffi = require("ffi")
 ffi.cdef [[
 typedef struct { long seconds; long nanoseconds; } bench_time;
 int clock_gettime(int clock, bench_time *now);
+int getpid(void);
+int kill(int process, int signal);
 ]]
 
 local threads = {}
@@ -43,7 +45,11 @@ function init(arguments)
     response = function(status)
       answered = answered + 1
       if by_status then statuses[status] = (statuses[status] or 0) + 1 end
-      if limit > 0 and answered >= limit then wrk.thread:stop() end
+      if limit > 0 and answered == limit then
+        wrk.thread:stop()
+        -- wrk itself sleeps until its time is over, or until somebody presses Ctrl-C.
+        ffi.C.kill(ffi.C.getpid(), 2)
+      end
     end
   end
 end

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,13 @@ def npy(client: Any, source: str, target: str) -> dict[str, float]:
     return {"rows": len(images)}
 
 
-KINDS = {"latency": latency, "jsonl": jsonl, "naive": naive, "npy": npy}
+Kind = Callable[..., dict[str, float]]
+KINDS: dict[str, Kind] = {
+    "latency": latency,
+    "jsonl": jsonl,
+    "naive": naive,
+    "npy": npy,
+}
 
 
 def main() -> None:

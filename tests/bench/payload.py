@@ -25,11 +25,13 @@ class Payload:
     headers: Mapping[str, str] = field(default_factory=dict)
     expected: bytes = b""
     """Of a binary answer: its tensor."""
+    outputs: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Of an answer in JSON."""
 
     def right(self, answer: bytes, header_length: str | None) -> bool:
         if not self.expected:
-            (output,) = json.loads(answer)["outputs"]
-            return tuple(output["data"]) == SMALL
+            found = {output["name"]: output["data"] for output in json.loads(answer)["outputs"]}
+            return all(tuple(found.get(name, ())) == data for name, data in self.outputs.items())
         return header_length is not None and answer[int(header_length) :] == self.expected
 
     def written(self, folder: Path) -> Path:
@@ -42,7 +44,15 @@ class Payload:
 
 def small() -> Payload:
     """As people write it: JSON."""
-    return Payload("small", json.dumps({"inputs": [_tensor(SMALL)]}).encode(), JSON)
+    body = json.dumps({"inputs": [_tensor(SMALL)]}).encode()
+    return Payload("small", body, JSON, outputs={"FLOATS_OUT": SMALL})
+
+
+def digits() -> Payload:
+    """A picture of nothing, which that model takes for a 2."""
+    tensor = {"name": "image", "datatype": "FP32", "shape": [1, 64], "data": [0.0] * 64}
+    body = json.dumps({"inputs": [tensor]}).encode()
+    return Payload("digits", body, JSON, outputs={"label": (2,)})
 
 
 def job() -> Payload:

@@ -13,12 +13,11 @@ import tritonclient.grpc.aio as triton
 from ray import serve
 from starlette.requests import Request
 
-PROCESSES = int(os.environ["BENCH_PROCESSES"])
 LIMIT = 256
 """Requests a replica takes at a time: more than any client here sends."""
 
 
-@serve.deployment(num_replicas=PROCESSES, max_ongoing_requests=LIMIT)
+@serve.deployment(max_ongoing_requests=LIMIT)
 class Infer:
     def __init__(self, address: str) -> None:
         self.client = triton.InferenceServerClient(address)
@@ -36,7 +35,7 @@ class Infer:
 def main() -> None:
     ray.init(
         address="local",
-        num_cpus=2,
+        num_cpus=os.cpu_count(),
         include_dashboard=False,
         object_store_memory=100 << 20,
         _node_ip_address="127.0.0.1",

@@ -7,7 +7,12 @@ from dataclasses import dataclass, field
 
 from tests.bench.bench import Bench
 from tests.bench.report import Found
-from tests.bench.suites import realtime
+from tests.bench.suites import backlog, batch, durable, isolation, overload, realtime
+
+MANY_ROWS = {
+    "TIDEGATE_MAX_BATCH_LINES": "10000000",
+    "TIDEGATE_MAX_FILE_BYTES": str(4 << 30),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,4 +33,11 @@ SUITES = (
     Suite("realtime", "Realtime", realtime.realtime),
     Suite("peers", "Realtime, beside other model servers", realtime.peers, peers=True),
     Suite("tensors", "Large tensors", realtime.tensors),
+    Suite("overload", "Overload", overload.overload),
+    Suite("isolation", "Isolation", isolation.isolation),
+    Suite("durable", "Durable jobs", durable.durable),
+    Suite("jsonl", "Batch, JSONL", batch.jsonl),
+    Suite("npy", "Batch, .npy", batch.npy),
+    Suite("memory", "Memory", batch.memory, alone=True, settings=MANY_ROWS),
+    Suite("backlog", "Backlog", backlog.backlog, alone=True),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from tests.bench import contenders, loops, payload
@@ -91,15 +92,15 @@ def peers(bench: Bench) -> Found:
     ground = bench.ground
     found = Found(
         "Realtime, beside other model servers",
-        "Each is a service that calls the same Triton by `tritonclient.grpc.aio`, with as many"
-        " processes as the gateway has. *Ray Serve, HAProxy* has `RAY_SERVE_ENABLE_HA_PROXY` and"
-        " `RAY_SERVE_THROUGHPUT_OPTIMIZED` set, which are off unless asked for. Neither has keys or"
-        " records.",
+        "Each is a service that calls the same Triton by `tritonclient.grpc.aio`, as it comes: one"
+        " worker or replica. Beside that, BentoML with a worker per core, and *Ray Serve, HAProxy*,"
+        " which has `RAY_SERVE_ENABLE_HA_PROXY` and `RAY_SERVE_THROUGHPUT_OPTIMIZED` set. None has"
+        " keys, records or limits. The goals are of those that are as they come.",
     )
     who = [
         contenders.direct(ground),
         contenders.tidegate(ground),
-        contenders.bentoml(ground),
+        *(contenders.bentoml(ground, workers) for workers in sorted({1, os.cpu_count() or 1})),
         contenders.ray(ground, haproxy=False),
         contenders.ray(ground, haproxy=True),
     ]
@@ -108,7 +109,7 @@ def peers(bench: Bench) -> Found:
         Goal(
             "realtime req/s, 64 clients, small tensor, of BentoML",
             3,
-            series.ratio("Tidegate", "BentoML", RATE),
+            series.ratio("Tidegate", "BentoML, 1 worker", RATE),
         ),
         Goal(
             "realtime req/s, 64 clients, small tensor, of Ray Serve",
@@ -118,7 +119,7 @@ def peers(bench: Bench) -> Found:
         Goal(
             "realtime p50, 1 client, of BentoML",
             1,
-            series.ratio("Tidegate", "BentoML", ALONE),
+            series.ratio("Tidegate", "BentoML, 1 worker", ALONE),
             most=True,
         ),
     ]
