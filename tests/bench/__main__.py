@@ -110,12 +110,12 @@ def measure(suites: Sequence[Suite], plan: Plan, out: Path | None) -> list[str]:
 
     together = [suite for suite in suites if not suite.alone]
     if together:
-        with Ground(folder / "shared", say) as ground:
+        with Ground.made(folder / "shared", say) as ground:
             for suite in together:
                 one(suite, ground)
     for suite in suites:
         if suite.alone:
-            with Ground(folder / suite.name, say, **suite.settings) as ground:
+            with Ground.made(folder / suite.name, say, **suite.settings) as ground:
                 one(suite, ground)
     if goals:
         say(table([HEAD, *goals]))

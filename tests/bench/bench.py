@@ -15,6 +15,8 @@ from tests.bench.measure import Meter
 from tests.bench.payload import Payload
 
 T = TypeVar("T")
+PATIENCE = 60.0
+"""Seconds for a measurement that ends with a number of answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +29,19 @@ class Plan:
     warm: float = 2.0
     rows: int = 1_000_000
     """Of the batch whose memory is looked at."""
+    answers: int = 0
+    """After which a measurement ends, however long they took. 0: by time."""
     short: bool = False
     """Only to see that it runs."""
 
     @classmethod
     def least(cls) -> Plan:
-        return cls(rounds=1, seconds=1.0, warm=0.0, rows=2_000, short=True)
+        return cls(rounds=1, seconds=1.0, warm=0.0, rows=2_000, answers=10, short=True)
+
+    @property
+    def limits(self) -> tuple[float, int]:
+        """Of one measurement: seconds, and answers."""
+        return (PATIENCE, self.answers) if self.answers else (self.seconds, 0)
 
     def pick(self, short: int, long: int) -> int:
         return short if self.short else long
@@ -77,13 +86,14 @@ class Bench:
     ) -> tuple[load.Tally, Meter]:
         """One measurement. Errors in it are a problem, unless not meant to be `clean`."""
         shot = contender.shot(payload, self.ground, url)
+        usual, answers = self.plan.limits
         with Meter(self.ground.stack, contender.counted) as meter:
             tally = load.fire(
                 shot,
                 connections=connections,
-                seconds=seconds or self.plan.seconds,
+                seconds=seconds or usual,
                 rate=rate,
-                limit=limit,
+                limit=limit or answers,
                 statuses=not clean,
             )
         if clean and (problem := tally.problem()):

@@ -104,7 +104,7 @@ def tutorial(ground: Ground, pool: str) -> Contender:
     if worker not in ground.stack.processes:
         ground.stack.add(
             Process(
-                worker, command, _env(ground), ready=_assumed, settle=3.0, tier=1, prepare=forget
+                worker, command, _env(ground), ready=_assumed, settle=0.5, tier=1, prepare=forget
             )
         )
     words = ("-k", "gthread", "--threads", str(WAITING), "-w", str(gateway.workers))
@@ -113,14 +113,8 @@ def tutorial(ground: Ground, pool: str) -> Contender:
 
 
 def bentoml(ground: Ground, processes: int) -> Contender:
-    command: list[str | Path] = [
-        _peer("bentoml"),
-        "serve",
-        "bento:Infer",
-        "--working-dir",
-        SERVICES,
-    ]
-    command += ["--host", HOST, "--port", "{port}"]
+    command: list[str | Path] = [_peer("bentoml"), "serve", "bento:Infer"]
+    command += ["--working-dir", SERVICES, "--host", HOST, "--port", "{port}"]
     env = {"BENTOML_DO_NOT_TRACK": "1", "BENCH_PROCESSES": str(processes)}
     title = f"BentoML, {processes} worker{'s' * (processes > 1)}"
     return _served(ground, title, f"bentoml-{processes}", (), command, ("triton",), **env)

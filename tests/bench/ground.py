@@ -25,26 +25,22 @@ PEERS = ROOT / ".venv-peers"
 class Ground:
     """One stack in a folder of its own. To be used from one thread, which outlives it."""
 
-    def __init__(self, folder: Path, tell: Tell = lambda _: None, **settings: str):
-        """`settings`: TIDEGATE_* for what can't be measured as shipped."""
-        ours = {name: text for name, text in os.environ.items() if "TIDEGATE" not in name}
+    def __init__(self, stack: Stack, folder: Path):
+        """On a stack that runs. `folder`: for files of its own."""
+        self.stack = stack
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.stack = Stack(folder / "var", environ={**ours, **settings})
-        self.tell = tell
-        self.stack.open()
 
-    def __enter__(self) -> Ground:
-        self.tell(f"starting the stack in {self.folder}")
-        try:
-            self.stack.start()
-        except BaseException:
-            self.stack.stop()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stack.stop()
+    @classmethod
+    @contextlib.contextmanager
+    def made(cls, folder: Path, tell: Tell, **settings: str) -> Iterator[Ground]:
+        """With a stack of its own. `settings`: TIDEGATE_* for what can't be measured as shipped."""
+        ours = {name: text for name, text in os.environ.items() if "TIDEGATE" not in name}
+        tell(f"starting the stack in {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        with Stack(folder / "var", environ={**ours, **settings}) as stack:
+            stack.start()
+            yield cls(stack, folder)
 
     @property
     def env(self) -> Mapping[str, str]:

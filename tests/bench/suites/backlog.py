@@ -87,4 +87,5 @@ def _look(bench: Bench, series: Series, row: str) -> None:
 
 
 def _paced(bench: Bench, shot: Shot) -> Tally:
-    return fire(shot, connections=CLIENTS, seconds=bench.plan.seconds, rate=PACE)
+    seconds, answers = bench.plan.limits
+    return fire(shot, connections=CLIENTS, seconds=seconds, rate=PACE, limit=answers)

@@ -72,7 +72,7 @@ def npy(bench: Bench) -> Found:
         try:
             _tidegate(bench, series, source, rows, lambda _: None)
         except LoadError as error:
-            found.notes.append(f"Tidegate takes no `.npy` yet: {error}")
+            found.notes.append(f"Tidegate takes no `.npy` yet: {error}"[:200])
             found.goals.append(Goal(what, 0.9, [], missing="not there yet"))
             break
     else:
