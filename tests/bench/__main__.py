@@ -47,6 +47,12 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         default=usual.rows,
         help="of the batch whose memory is watched (default: %(default)s)",
     )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=usual.jobs,
+        help="that wait in the suite of the backlog (default: %(default)s)",
+    )
     parser.add_argument("--short", action="store_true", help="only to see that it all runs")
     parser.add_argument("--out", type=Path, help="write the page to this file, too")
     return parser.parse_args(words)
@@ -67,7 +73,9 @@ def say(line: str) -> None:
 def plan_of(asked: argparse.Namespace) -> Plan:
     if asked.short:
         return Plan.least()
-    return dataclasses.replace(Plan(), rounds=asked.rounds, seconds=asked.seconds, rows=asked.rows)
+    return dataclasses.replace(
+        Plan(), rounds=asked.rounds, seconds=asked.seconds, rows=asked.rows, jobs=asked.jobs
+    )
 
 
 def main() -> int:

@@ -29,6 +29,8 @@ class Plan:
     warm: float = 2.0
     rows: int = 1_000_000
     """Of the batch whose memory is looked at."""
+    jobs: int = 100_000
+    """That wait, in the suite of the backlog."""
     answers: int = 0
     """After which a measurement ends, however long they took. 0: by time."""
     short: bool = False
@@ -36,7 +38,7 @@ class Plan:
 
     @classmethod
     def least(cls) -> Plan:
-        return cls(rounds=1, seconds=1.0, warm=0.0, rows=2_000, answers=10, short=True)
+        return cls(rounds=1, seconds=1.0, warm=0.0, rows=2_000, jobs=200, answers=10, short=True)
 
     @property
     def limits(self) -> tuple[float, int]:

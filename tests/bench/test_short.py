@@ -1,4 +1,4 @@
-"""A second of everything: that it runs, and measures something. What the figures are is for
+"""A little of everything: that it runs, and measures something. What the figures are is for
 `make bench` to say."""
 
 from __future__ import annotations

@@ -12,8 +12,6 @@ from tests.bench.measure import MIB, Series
 from tests.bench.report import Found, Goal
 
 CLIENTS, PACE = 8, 40
-SHORT, LONG = 200, 100_000
-"""Jobs that wait."""
 SUBMITTING = 1800.0
 """Seconds they may take to be accepted."""
 SLOW = 300.0
@@ -24,7 +22,7 @@ REDIS, BROKER = "Redis MiB", "jobs/s accepted"
 
 
 def backlog(bench: Bench) -> Found:
-    ground, jobs = bench.ground, bench.plan.pick(SHORT, LONG)
+    ground, jobs = bench.ground, bench.plan.jobs
     found = Found(
         "Backlog",
         f"{CLIENTS} clients, {PACE} requests a second: `POST /v1/jobs`, `GET /v1/jobs/{{id}}` and"
