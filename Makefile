@@ -52,7 +52,7 @@ chaos: install ## Kill everything under load for 25 minutes; writes docs/chaos.m
 	@exec $(PYTHON) -m tests.chaos --out docs/chaos.md $(ARGS)
 
 .PHONY: bench
-bench: install ## Measure it side by side with others, 40 minutes; writes docs/benchmarks.md
+bench: install ## Measure it side by side with others for half an hour; writes docs/benchmarks.md
 	@exec $(PYTHON) -m tests.bench --out docs/benchmarks.md $(ARGS)
 
 .PHONY: bench-peers

@@ -102,10 +102,9 @@ def tutorial(ground: Ground, pool: str) -> Contender:
                 client.flushdb()
 
     if worker not in ground.stack.processes:
+        env = _env(ground)
         ground.stack.add(
-            Process(
-                worker, command, _env(ground), ready=_assumed, settle=0.5, tier=1, prepare=forget
-            )
+            Process(worker, command, env, ready=_assumed, settle=0.5, tier=1, prepare=forget)
         )
     words = ("-k", "gthread", "--threads", str(WAITING), "-w", str(gateway.workers))
     server = _gunicorn(*words, "tests.bench.services.tutorial:web")
@@ -191,18 +190,8 @@ def _env(ground: Ground) -> dict[str, str]:
 
 
 def _gunicorn(*words: str) -> list[str]:
-    bind = f"{HOST}:{{port}}"
-    return [
-        sys.executable,
-        "-m",
-        "gunicorn",
-        "-b",
-        bind,
-        "--no-control-socket",
-        "--keep-alive",
-        "75",
-        *words,
-    ]
+    usual = ("-b", f"{HOST}:{{port}}", "--keep-alive", "75", "--no-control-socket")
+    return [sys.executable, "-m", "gunicorn", *usual, *words]
 
 
 def _peer(program: str) -> Path:

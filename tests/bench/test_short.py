@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,8 @@ def ground(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[G
         assert not os.environ.get("CI"), load.MISSING
         pytest.skip(load.MISSING)
     before = dict(stack.processes)
-    yield Ground(stack, tmp_path_factory.mktemp("bench"))
+    with contextlib.closing(Ground(stack, tmp_path_factory.mktemp("bench"))) as made:
+        yield made
     for name in stack.processes.keys() - before.keys():
         del stack.processes[name]
 

@@ -18,7 +18,7 @@ SLOW = 300.0
 """Seconds that each takes its model: the queue doesn't shrink meanwhile."""
 ACCEPT, POLL, LIST = "accept p99 ms", "status p99 ms", "list p99 ms"
 ACCEPT_50, POLL_50, LIST_50 = "accept p50", "status p50", "list p50"
-REDIS, BROKER = "Redis MiB", "jobs/s accepted"
+REDIS = "Redis MiB"
 
 
 def backlog(bench: Bench) -> Found:

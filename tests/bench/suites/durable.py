@@ -17,10 +17,10 @@ CLIENTS = 64
 SHORT, LONG = 100, 10_000
 """Jobs."""
 RATE, ACCEPT, P99, CPU, LOST = "jobs/s", "accepted/s", "accept p99 ms", "CPU ms", "lost"
-DRAIN = 600.0
-"""Seconds for the last result."""
 ACCEPTING = 600.0
 """Seconds for all jobs to be accepted."""
+LOOK = 0.1
+"""Seconds between two looks at how many have ended."""
 STILL = 20.0
 """A count that has stood still so long is final."""
 TIDEGATE = "Tidegate, POST /v1/jobs"
@@ -134,7 +134,7 @@ def _submitted(
         while (count := ended()) < due and time.monotonic() - moved < STILL:
             if count != last:
                 last, moved = count, time.monotonic()
-            time.sleep(0.02)
+            time.sleep(LOOK)
         took = time.monotonic() - began
     return took, tally, meter, max(0, due - count)
 
