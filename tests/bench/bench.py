@@ -96,7 +96,8 @@ class Bench:
                 seconds=seconds or usual,
                 rate=rate,
                 limit=limit or answers,
-                statuses=not clean,
+                # Where answers are counted one by one anyway, their statuses cost no more.
+                statuses=not clean or bool(limit),
             )
         if clean and (problem := tally.problem()):
             self.problems.append(f"{contender.name}, {payload.name}, {connections}: {problem}")

@@ -65,7 +65,11 @@ class Tally:
         """What went wrong, or nothing."""
         kinds = ("connect", "read", "write", "status", "timeout")
         found = [f"{kind} {count}" for kind in kinds if (count := getattr(self, kind))]
-        return f"{self.requests} answers, errors: {', '.join(found)}" if found else ""
+        if not found:
+            return ""
+        bad = [f"{count} × {status}" for status, count in sorted(self.statuses.items())]
+        statuses = f" ({', '.join(bad)})" if bad else ""
+        return f"{self.requests} answers, errors: {', '.join(found)}{statuses}"
 
 
 @dataclass(frozen=True, slots=True)

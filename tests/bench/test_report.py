@@ -28,7 +28,7 @@ def test_what_wrk_says_is_read() -> None:
     assert tally.statuses == {200: 50, 503: 11}
     assert tally.errors == 12
     assert tally.rate == 25
-    assert tally.problem() == "61 answers, errors: read 1, status 11"
+    assert tally.problem() == "61 answers, errors: read 1, status 11 (50 × 200, 11 × 503)"
 
 
 def test_a_wrk_that_says_nothing_is_an_error() -> None:
