@@ -44,7 +44,7 @@ def backlog(bench: Bench) -> Found:
         {**ground.key, **slow.headers},
     )
     for _ in bench.steps([f"{jobs:,} jobs"], rounds=1):
-        tally = fire(shot, connections=64, seconds=SUBMITTING, limit=jobs)
+        tally = fire(shot, connections=64, seconds=SUBMITTING, limit=jobs, statuses=True)
     if problem := tally.problem():
         bench.problems.append(f"submitting {jobs}: {problem}")
     _look(bench, series, full)
