@@ -111,7 +111,8 @@ class Settings:
     """Prefix of every Redis key of this deployment, the broker's among them. On RabbitMQ a virtual
     host is a deployment."""
     monitoring: bool = True
-    """Send Celery task events (of durable work) and answer remote control (Flower, `celery inspect`)."""
+    """Send Celery task events (of durable work) and answer remote control (Flower, `celery
+    inspect`)."""
 
     # Worker
     group: str = "default"
