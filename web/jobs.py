@@ -15,6 +15,7 @@ from inference import oip
 from inference.metadata import check
 from storage import ids
 from storage.idempotency import Once
+from storage.jobs import Accepted
 from storage.lifecycle import JobKind, JobState, Priority
 from tasks.bootstrap import Services
 from web import described, durable, etags, idempotency, schemas, streams, views
@@ -56,15 +57,12 @@ def _limit() -> None:
 def submit(body: dict[str, Any]) -> Response:
     """Accept one inference to run in the background."""
     once = idempotency.asked()
-    job_id = idempotency.earlier(once) or _accept(body, once)
-    preferred = preference(gateway().services.settings.max_wait)
-    if preferred.wait is not None and not preferred.respond_async:
-        gateway().waiter.wait(job_id, preferred.wait)
-        return durable.accepted(job_id, preferred, ended=200)
-    return durable.accepted(job_id, preferred)
+    earlier = idempotency.earlier(once)
+    job = Accepted(earlier) if earlier else _accept(body, once)
+    return durable.accepted(job, preference(gateway().services.settings.max_wait))
 
 
-def _accept(body: dict[str, Any], once: Once | None) -> UUID:
+def _accept(body: dict[str, Any], once: Once | None) -> Accepted:
     settings = gateway().services.settings
     with about("model"):
         entry = gateway().catalog.get(body["model"], body["version"])
