@@ -51,7 +51,7 @@ def _limit() -> None:
 
 @blueprint.post("")
 @blueprint.doc(parameters=[idempotency.PARAMETER, described.PREFER, described.DEADLINE])
-@blueprint.arguments(schemas.JobSubmit)
+@blueprint.arguments(schemas.JobSubmit())
 @blueprint.alt_response(202, schema=schemas.Job, description="Accepted: the job is durable.")
 @blueprint.alt_response(200, schema=schemas.Job, description="Ended within `Prefer: wait=n`.")
 def submit(body: dict[str, Any]) -> Response:
