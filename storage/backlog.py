@@ -22,8 +22,8 @@ _jobs, _chunks = tables.jobs.c, tables.chunks.c
 
 CANDIDATES = 1024
 """Chunks of one tenant the pump looks at in one go."""
-HINT_CHUNKS = 64
-"""Most one-item chunks named by one hint: keeps the message far below 4 KiB."""
+HINT_CHUNKS = 128
+"""Most one-item chunks named by one hint: keeps the message below 4 KiB, whatever their ids."""
 MOST_AHEAD = 1000
 """Chunks counted before one that waits: what is further away than this is just far away."""
 LEAST_ROOM = 8 * HINT_CHUNKS

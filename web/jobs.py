@@ -10,7 +10,7 @@ from uuid import UUID
 
 from flask import Response, request
 
-from errors import BadRequest, Conflict, NotFound
+from errors import BadRequest, Conflict, NotFound, TidegateError
 from inference import oip
 from inference.metadata import check
 from storage import ids
@@ -57,8 +57,14 @@ def _limit() -> None:
 def submit(body: dict[str, Any]) -> Response:
     """Accept one inference to run in the background."""
     once = idempotency.asked()
-    earlier = idempotency.earlier(once)
-    job = Accepted(earlier) if earlier else _accept(body, once)
+    try:
+        job = _accept(body, once)
+    except TidegateError:
+        # What the key made stands, whatever has become of its model since. Asked for only now: for
+        # nearly every key there is nothing yet, and accepting notices where there is.
+        if (earlier := idempotency.earlier(once)) is None:
+            raise
+        job = Accepted(earlier)
     return durable.accepted(job, preference(gateway().services.settings.max_wait))
 
 
