@@ -402,8 +402,9 @@ _PRIORITIES = sa.text(
     """
 )
 
-# One probe per tenant with work, then that tenant's oldest rows, so that the
-# cost follows the number of tenants and not the backlog.
+# One probe per tenant with work, then that tenant's oldest rows, so that the cost follows the
+# number of tenants and not the backlog. A tenant's rows are a range of the backlog's own index, in
+# its order, so that no other will do: one over all chunks would walk over everything that ever ran.
 _CANDIDATES = sa.text(
     """
     WITH RECURSIVE waiting AS (
@@ -426,8 +427,9 @@ _CANDIDATES = sa.text(
                     THEN 1 ELSE :whole END AS room
           FROM chunks c
          WHERE c.state = 'queued' AND c.group_name = :group AND c.priority = :priority
-           AND c.tenant_id = waiting.tenant_id AND c.not_before <= now()
-         ORDER BY c.id LIMIT :limit
+           AND (c.tenant_id, c.id) >= (waiting.tenant_id, 0) AND c.tenant_id <= waiting.tenant_id
+           AND c.not_before <= now()
+         ORDER BY c.tenant_id, c.id LIMIT :limit
          FOR UPDATE SKIP LOCKED
      ) oldest
     """
