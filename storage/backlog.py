@@ -86,7 +86,7 @@ class Backlog:
                 return []
             rows = connection.execute(
                 sa.update(tables.chunks)
-                .where(_chunks.id.in_(picked), _chunks.state == ChunkState.QUEUED)
+                .where(_chunks.id.in_(picked), moves.still(_chunks.state == ChunkState.QUEUED))
                 .values(
                     state=ChunkState.RELEASED.value,
                     released_at=moves.clock,

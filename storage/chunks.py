@@ -69,7 +69,7 @@ class Chunks:
                     sa.update(tables.jobs)
                     .where(
                         _jobs.id.in_(singles),
-                        _jobs.state.in_([JobState.QUEUED, JobState.RUNNING]),
+                        moves.still(_jobs.state.in_([JobState.QUEUED, JobState.RUNNING])),
                     )
                     .values(
                         state=JobState.RUNNING.value,
