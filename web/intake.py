@@ -66,7 +66,9 @@ class Intake:
         earlier. Raises `KeyReused`; `Unavailable` where it was not accepted, or nobody can tell."""
         waiting = _Waiting(job, once)
         with self._changed:
-            if self._stopped or len(self._queue) >= MAX_WAITING:
+            if self._stopped:
+                raise Unavailable("the gateway is stopping", retry_after=1)
+            if len(self._queue) >= MAX_WAITING:
                 raise Unavailable("too many jobs wait to be accepted", retry_after=1)
             self._queue.append(waiting)
             if self._thread is None:
