@@ -181,6 +181,7 @@ class Jobs:
         state: JobState | None = None,
     ) -> Sequence[Row]:
         """Newest first, those older than `after`."""
+        place: dict[sa.ColumnElement[Any], Any]
         if tuple(kinds) == (JobKind.BATCH,):
             # Few among many jobs: found by their own table.
             place = {_batches.tenant_id: tenant_id, _batches.job_id: after or _LAST}

@@ -42,6 +42,9 @@ def submit(
     frame: bytes | None = (encoded := frames.encode_requests([asked]))
     key = since = None
     if len(encoded) > services.settings.inline_bytes:
+        if (earlier := idempotency.earlier(once)) is not None:
+            # Before anything is stored for nothing.
+            return Accepted(earlier)
         key = f"jobs/{tenant().hex}/{job_id.hex}/input"
         since = services.database.now()
         with time_limit.within(within) as limit:
