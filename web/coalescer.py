@@ -57,7 +57,9 @@ class Coalescer:
         patience: float = PATIENCE,
         clock: Callable[[], float] = time.monotonic,
         send: Callable[..., None] = messages.send,
+        gone: Callable[[], None] = lambda: None,
     ):
+        """`gone` is called when requests are over."""
         self._group = group
         self._state = state
         self._replies = replies
@@ -67,6 +69,7 @@ class Coalescer:
         self._patience = patience
         self._clock = clock
         self._send = send
+        self._tell_gone = gone
         self._queue: deque[Waiting] = deque()
         self._bytes = 0
         self._flying: dict[bytes, Flight] = {}
@@ -76,6 +79,11 @@ class Coalescer:
         self._sent = 0.0
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+
+    @property
+    def depth(self) -> int:
+        """Requests that wait for their answers."""
+        return self._ahead
 
     def admit(self, timeout: float) -> None:
         """Before anything is done for a request: would its turn come within `timeout` seconds, and
@@ -255,3 +263,4 @@ class Coalescer:
         self._ahead -= requests
         if not self._ahead:
             self._pace.idle()
+        self._tell_gone()

@@ -21,6 +21,7 @@ from storage.redis_state import RedisState
 from tasks import messages
 from web.coalescer import Coalescer
 from web.flight import Answer, Waiting
+from web.gate import Gate, Name
 from web.lookout import Lookout
 from web.presence import Presence
 from web.replies import Replies
@@ -46,10 +47,16 @@ class RealtimeLane:
         self._max_items = max_items
         self._max_wait = max_wait
         self._replies = Replies(state)
-        self._coalescers: dict[tuple[str, str], Coalescer] = {}
+        self._coalescers: dict[Name, Coalescer] = {}
         self._lock = threading.Lock()
         self._presence = Presence(state, group)
+        # Enough to fill every message that may be in flight, and the ones after them.
+        self.gate = Gate(self._depth, most=2 * window * max_items)
         self._lookout = Lookout(state, lambda: list(self._coalescers.values()))
+
+    def _depth(self, name: Name) -> int:
+        coalescer = self._coalescers.get(name)
+        return coalescer.depth if coalescer is not None else 0
 
     def admit(self, model: str, version: str, timeout: float) -> None:
         """Before a request is even read: would it have its turn in time? Raises `Overloaded`."""
@@ -73,6 +80,7 @@ class RealtimeLane:
                     window=self._window,
                     max_items=self._max_items,
                     max_wait=self._max_wait,
+                    gone=functools.partial(self.gate.freed, key),
                 )
                 self._lookout.start()
         size = sum(len(tensor.data) for tensor in request.inputs)
