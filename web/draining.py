@@ -15,7 +15,6 @@ from gunicorn.workers.ggevent import GeventWorker
 
 from web import gate
 from web.bodies import WholeBody
-from web.line import Line
 
 FORGIVEN = 64 * 1024
 """Bytes of a refused body that are read to the end, so that its connection can go on."""
@@ -34,6 +33,14 @@ class DrainingWorker(GeventWorker):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._idle: dict[Any, gevent.Timeout] = {}
 
+    def load_wsgi(self) -> None:
+        super().load_wsgi()
+        # Not sooner: gunicorn reads this file before gevent has taken the place of what blocks, and
+        # whatever of the product is read by then would block for good.
+        from web.line import Line
+
+        self._line = Line
+
     def timeout_ctx(self) -> _Idle:
         """Around the wait for a connection's next request."""
         return _Idle(self._idle, self.cfg.keepalive if self.alive else 0)
@@ -42,7 +49,7 @@ class DrainingWorker(GeventWorker):  # type: ignore[misc]
         """One request, in its turn."""
         req.body = WholeBody(req.body.reader, sock)
         gate.arrived.set(time.monotonic())
-        line = Line.of(self.app.callable, req)
+        line = self._line.of(self.app.callable, req)
         if line is None:
             self._serve(listener_name, req, sock, addr)
             return

@@ -45,6 +45,10 @@ class Gate:
                     self._tidy(name)
         return True
 
+    def held(self, name: Name) -> int:
+        """How many are held now."""
+        return len(self._held.get(name, ()))
+
     def freed(self, name: Name) -> None:
         """Some of a model's requests are over: let others in."""
         if name not in self._held:

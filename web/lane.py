@@ -24,6 +24,7 @@ from web.flight import Answer, Waiting
 from web.gate import Gate, Name
 from web.lookout import Lookout
 from web.presence import Presence
+from web.refusals import Refusals
 from web.replies import Replies
 
 QUERY_TIMEOUT = 5.0
@@ -51,6 +52,7 @@ class RealtimeLane:
         self._lock = threading.Lock()
         self._presence = Presence(state, group)
         # Enough to fill every message that may be in flight, and the ones after them.
+        self.refusals = Refusals()
         self.gate = Gate(self._depth, most=2 * window * max_items)
         self._lookout = Lookout(state, lambda: list(self._coalescers.values()))
 
@@ -58,11 +60,12 @@ class RealtimeLane:
         coalescer = self._coalescers.get(name)
         return coalescer.depth if coalescer is not None else 0
 
-    def admit(self, model: str, version: str, timeout: float) -> None:
-        """Before a request is even read: would it have its turn in time? Raises `Overloaded`."""
-        coalescer = self._coalescers.get((model, version))
+    def admit(self, name: Name, timeout: float, *, last: bool = False) -> None:
+        """Before a request is even read: would it have its answer in time, or would it if it were
+        the `last` in line? Raises `Overloaded`."""
+        coalescer = self._coalescers.get(name)
         if coalescer is not None:
-            coalescer.admit(timeout)
+            coalescer.admit(timeout, self.gate.held(name) if last else 0)
 
     def infer(self, request: InferRequest, timeout: float) -> Answer:
         """Run one request within `timeout` seconds; the model's refusal is in the answer. Raises

@@ -14,7 +14,7 @@ from web.context import Gateway
 from web.gate import Name
 from web.http import DEADLINE, parse_deadline
 
-_INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/0*([0-9]+))?/infer")
+_INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/0*([0-9]+?))?/infer")
 _DEADLINE = DEADLINE.upper()
 
 
@@ -53,15 +53,16 @@ class Line:
         return cls(found, name, min(limit, settings.max_realtime_timeout))
 
     def wait(self) -> bytes | None:
-        """Until its turn, or as long as is sensible. What to answer where it would have to wait for
-        too long yet."""
+        """Until its turn; or what to answer at once where that would come too late."""
         lane = self._found.lane
-        self._held = lane.gate.wait(
-            self._name, min(self._limit, self._found.services.settings.max_queue_time)
-        )
         try:
-            lane.admit(*self._name, self._limit - (time.monotonic() - self._began))
+            lane.admit(self._name, self._limit, last=True)
+            self._held = lane.gate.wait(self._name, self._limit)
+            lane.admit(self._name, self._limit - (time.monotonic() - self._began))
         except Overloaded as error:
+            # Those behind it need not wait until it has heard of it.
+            self.leave()
+            lane.refusals.wait(self._limit)
             self._found.metrics.refused(self._name[0])
             return _answer(error)
         return None
@@ -69,6 +70,7 @@ class Line:
     def leave(self) -> None:
         """It is over, one way or another."""
         if self._held:
+            self._held = False
             self._found.lane.gate.freed(self._name)
 
 

@@ -149,7 +149,7 @@ def infer(model: str, version: str = "") -> Response:
     entry = found.catalog.get(model, version, timeout=min(limit, QUERY_TIMEOUT))
     preferred = preference(settings.max_wait)
     if not preferred.durable and not entry.spec.cache_ttl:
-        found.lane.admit(model, version, limit - (time.monotonic() - began))
+        found.lane.admit((model, version), limit - (time.monotonic() - began))
     body, header_length = _body(), _header_length()
     asked, fmt = oip.parse_infer(body, header_length, model=model, version=version, spec=entry.spec)
     check(asked, entry.spec)
