@@ -22,7 +22,7 @@ from inference.tensors import InferResult
 from storage.redis_state import RedisState, Where
 from tasks import messages
 from web.flight import LOOK_AFTER, Answer, Flight, Move, Waiting
-from web.pace import Pace
+from web.pace import KEPT, Pace
 from web.replies import Replies
 
 log = structlog.get_logger(__name__)
@@ -93,7 +93,8 @@ class Coalescer:
         come within `timeout` seconds, and as soon as anybody is to wait? Raises `Overloaded`."""
         # Without the lock: who reads numbers of a moment ago is off by one.
         ahead = self._ahead + held
-        if ahead and self._pace.wait(ahead) > min(timeout * CAUTION, self._max_wait):
+        together = min(KEPT, max(1, len(self._flying)))
+        if ahead and self._pace.wait(ahead, together) > min(timeout * CAUTION, self._max_wait):
             raise self._overloaded(ahead)
 
     def _overloaded(self, ahead: int) -> Overloaded:

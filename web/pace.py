@@ -42,10 +42,11 @@ class Pace:
             self._since, gone = self._landed.popleft()
             self._count -= gone
 
-    def wait(self, ahead: int) -> float:
-        """Seconds until as many requests are answered, at the latest pace. A model that has not
-        answered since it was idle has as long as it likes: 0."""
-        if self._since is None or not self._count or not ahead:
+    def wait(self, ahead: int, together: int = 1) -> float:
+        """Seconds until as many requests are answered, at the latest pace, of a model that works on
+        so many messages `together`. 0 until as many have landed since it was idle: before, one
+        can't tell, and it has as long as it likes."""
+        if self._since is None or len(self._landed) < together or not ahead:
             return 0.0
         passed = self._clock() - self._since
         return ahead * passed / self._count if passed > 0 else 0.0

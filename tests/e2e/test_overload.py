@@ -4,22 +4,42 @@ else gets their answer."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
+from ops.embedded import Stack, product
+from ops.embedded.ports import free_port
 from tests.e2e.helpers import IDENTITY, Http, answered_ints, ints
 
 pytestmark = pytest.mark.stack
 
-SLOW = 400
-"""More than travel at a time, so that the last ones wait for the first."""
+SLOW = 150
 
 
-def test_whose_answer_would_come_too_late_is_refused_and_nobody_else_is(gateway: Http) -> None:
+@pytest.fixture
+def narrow(stack: Stack) -> Iterator[Http]:
+    """A gateway that has a request at a time travel alone, and another every 20 ms: fifty a
+    second."""
+    ports = [free_port(set()) for _ in range(2)]
+    settings = {"TIDEGATE_COALESCE_WINDOW": "1", "TIDEGATE_COALESCE_ITEMS": "1"}
+    process = product.gateway({**stack._settings, **settings}, *ports)
+    stack.add(replace(process, name="narrow"))
+    stack.start({"narrow"})
+    try:
+        yield replace(Http.of(stack), url=f"http://127.0.0.1:{ports[0]}")
+    finally:
+        stack.stop("narrow")
+        del stack.processes["narrow"]
+
+
+def test_whose_answer_would_come_too_late_is_refused_and_nobody_else_is(narrow: Http) -> None:
+    gateway = narrow
     with ThreadPoolExecutor(SLOW) as pool:
         slow = [
-            pool.submit(gateway.post, IDENTITY, ints(n, delay_ms=1500), Tidegate_Deadline="120")
+            pool.submit(gateway.post, IDENTITY, ints(n, delay_ms=200), Tidegate_Deadline="120")
             for n in range(SLOW)
         ]
         hasty = Counter[int]()

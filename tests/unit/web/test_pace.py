@@ -33,6 +33,17 @@ def test_a_model_that_has_not_answered_yet_may_take_its_time(clock: Clock) -> No
     assert pace.wait(1000) == 0
 
 
+def test_one_can_tell_once_as_many_messages_have_landed_as_are_worked_on(clock: Clock) -> None:
+    pace = Pace(clock)
+    pace.busy()
+    clock.now += 1
+    pace.landed(10)
+    pace.landed(10)
+    assert pace.wait(100, together=3) == 0
+    pace.landed(10)
+    assert pace.wait(90, together=3) == pytest.approx(3.0)
+
+
 def test_who_comes_waits_for_those_before_at_the_pace_they_are_answered_at(clock: Clock) -> None:
     pace = Pace(clock)
     pace.busy()
