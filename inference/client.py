@@ -74,6 +74,12 @@ class ModelServer(Protocol):
         `cancelled`: a token a request; one that shares its call with others is called off once they
         all are, and its outcome is Cancelled at any rate."""
 
+    def start(
+        self, request: InferRequest, deadline: Deadline, cancelled: CancelToken | None = None
+    ) -> Callable[[], Outcome]:
+        """Send one request, and do something else meanwhile: what is returned waits for its
+        outcome. Neither raises."""
+
     def server_metadata(self, deadline: Deadline) -> Json:
         """`{name, version, extensions}`"""
 
@@ -147,7 +153,7 @@ class TritonServer:
             try:
                 shares: Sequence[Outcome] = packing.split(pack, _value(answer))
             except TidegateError as error:
-                if pack.merged and _may_be_one_members_fault(error):
+                if pack.merged and may_be_one_members_fault(error):
                     alone += indexes
                     continue
                 shares = [error] * len(indexes)
@@ -167,6 +173,20 @@ class TritonServer:
                 outcomes[index] = Cancelled(_TEXTS[Cancelled])
         assert None not in outcomes
         return [outcome for outcome in outcomes if outcome is not None]
+
+    def start(
+        self, request: InferRequest, deadline: Deadline, cancelled: CancelToken | None = None
+    ) -> Callable[[], Outcome]:
+        message = _with_timeout(request_to_message(request), deadline)
+        wait = self._begin("ModelInfer", message, deadline, cancelled)
+
+        def outcome() -> Outcome:
+            answer = wait()
+            if isinstance(answer, _LOST) and self._reconnect(deadline):
+                answer = self._begin("ModelInfer", message, deadline, cancelled)()
+            return answer if isinstance(answer, TidegateError) else _read_result(answer)
+
+        return outcome
 
     def server_metadata(self, deadline: Deadline) -> Json:
         return to_json(self._call("ServerMetadata", pb.ServerMetadataRequest(), deadline))
@@ -285,30 +305,40 @@ class TritonServer:
         deadline: Deadline,
         cancelled: Sequence[CancelToken] | None,
     ) -> list[Any]:
-        try:
-            remaining = deadline.require()
-        except TidegateError as error:
-            return [error] * len(messages)
-        call = getattr(self._connect(), method)
         if len(messages) == 1 and cancelled is None:
             # The blocking form spares a hand-over between threads; nobody can cancel it.
-            return [_answer(lambda: call(messages[0], timeout=remaining))]
-        with ExitStack() as calling:
-            results: list[Callable[[], Any]] = []
-            for at, message in enumerate(messages):
-                token = cancelled[at] if cancelled is not None else None
-                if token is not None and token.cancelled:
-                    results.append(token.check)
-                    continue
-                try:
-                    future = call.future(message, timeout=remaining)
-                except ValueError:
-                    results.append(_raise_closed)
-                    continue
-                if token is not None:
-                    calling.enter_context(token.calling(future.cancel))
-                results.append(future.result)
-            return [_answer(result) for result in results]
+            call = getattr(self._connect(), method)
+            return [_answer(lambda: call(messages[0], timeout=deadline.require()))]
+        waits = [
+            self._begin(method, message, deadline, cancelled[at] if cancelled is not None else None)
+            for at, message in enumerate(messages)
+        ]
+        return [wait() for wait in waits]
+
+    def _begin(
+        self, method: str, message: Any, deadline: Deadline, token: CancelToken | None
+    ) -> Callable[[], Any]:
+        """Send one message; what is returned waits for the response or the error."""
+        call = getattr(self._connect(), method)
+
+        def send() -> Any:
+            remaining = deadline.require()
+            if token is not None:
+                token.check()
+            return call.future(message, timeout=remaining)
+
+        future = _answer(send)
+        if isinstance(future, TidegateError):
+            return lambda: future
+        calling = ExitStack()
+        if token is not None:
+            calling.enter_context(token.calling(future.cancel))
+
+        def wait() -> Any:
+            with calling:
+                return _answer(future.result)
+
+        return wait
 
     def _connect(self) -> Any:
         with self._lock:
@@ -360,7 +390,8 @@ class _ConnectionLost(ModelNotReady):
 _LOST = (_ConnectionLost, ServerLost)
 
 
-def _may_be_one_members_fault(error: TidegateError) -> bool:
+def may_be_one_members_fault(error: TidegateError) -> bool:
+    """Of several that shared a call; the others may do better alone."""
     return not isinstance(error, Unavailable | DeadlineExceeded | Cancelled | ModelNotFound)
 
 
@@ -457,10 +488,6 @@ def _answer(result: Callable[[], Any]) -> Any:
 def _closed() -> TidegateError:
     """For the ValueError by which gRPC says that the channel was closed under the call."""
     return Cancelled("the connection to the model server was closed")
-
-
-def _raise_closed() -> None:
-    raise _closed()
 
 
 def _read_result(message: Any) -> Outcome:

@@ -61,10 +61,10 @@ def plan(
     open_groups: dict[Hashable, _Group] = {}
     groups: list[_Group] = []
     for index, request in enumerate(requests):
-        rows = _rows(request) if max_batch_size > 1 else None
+        rows = rows_of(request) if max_batch_size > 1 else None
         size = sum(len(tensor.data) for tensor in request.inputs)
         member = Member(index, rows or 0, request.id)
-        key = None if rows is None else _signature(request)
+        key = None if rows is None else signature(request)
         group = None if key is None else open_groups.get(key)
         if (
             group is None
@@ -79,7 +79,7 @@ def plan(
         group.members.append(member)
         group.rows += member.rows
         group.size += size
-    return [Pack(_merge(group.requests), tuple(group.members)) for group in groups]
+    return [Pack(merge(group.requests), tuple(group.members)) for group in groups]
 
 
 def split(pack: Pack, result: InferResult) -> list[InferResult]:
@@ -89,12 +89,21 @@ def split(pack: Pack, result: InferResult) -> list[InferResult]:
     """
     if not pack.merged:
         return [replace(result, id=pack.members[0].id)]
-    cuts = [0, *itertools.accumulate(member.rows for member in pack.members)]
-    columns = [_cut(tensor, cuts) for tensor in result.outputs]
+    shares = cut(result.outputs, [member.rows for member in pack.members])
     return [
-        replace(result, outputs=tuple(column[at] for column in columns), id=member.id)
-        for at, member in enumerate(pack.members)
+        replace(result, outputs=outputs, id=member.id)
+        for member, outputs in zip(pack.members, shares, strict=True)
     ]
+
+
+def cut(tensors: Sequence[Tensor], rows: Sequence[int]) -> list[tuple[Tensor, ...]]:
+    """Tensors as the tensors of several members, who have so many `rows` each.
+
+    Raises UnsplittableError where one does not have as many rows as they have together.
+    """
+    cuts = [0, *itertools.accumulate(rows)]
+    columns = [_cut(tensor, cuts) for tensor in tensors]
+    return [tuple(column[at] for column in columns) for at in range(len(rows))]
 
 
 @dataclass(slots=True)
@@ -105,7 +114,7 @@ class _Group:
     size: int
 
 
-def _rows(request: InferRequest) -> int | None:
+def rows_of(request: InferRequest) -> int | None:
     """The rows of a request that may share a pack; None if it must go alone."""
     if not request.inputs or not request.parameters.keys() <= SCHEDULING:
         return None
@@ -114,7 +123,8 @@ def _rows(request: InferRequest) -> int | None:
     return rows if rows > 0 and not counts else None
 
 
-def _signature(request: InferRequest) -> Hashable:
+def signature(request: InferRequest) -> Hashable:
+    """Requests of one signature may share a pack."""
     return (
         request.model,
         request.version,
@@ -124,7 +134,8 @@ def _signature(request: InferRequest) -> Hashable:
     )
 
 
-def _merge(requests: Sequence[InferRequest]) -> InferRequest:
+def merge(requests: Sequence[InferRequest]) -> InferRequest:
+    """One request of several of one signature; it has no id where it stands for more than one."""
     first = requests[0]
     if len(requests) == 1:
         return first
@@ -136,15 +147,20 @@ def _merge(requests: Sequence[InferRequest]) -> InferRequest:
     return replace(first, inputs=tuple(inputs), id="")
 
 
-def _cut(tensor: Tensor, cuts: Sequence[int]) -> list[Tensor]:
-    """One output as the outputs of the members: rows `cuts[i]` to `cuts[i + 1]` for member i."""
-    total = cuts[-1]
-    if not tensor.shape or tensor.shape[0] != total:
-        raise UnsplittableError(f"output {tensor.name!r} has shape {tensor.shape} for {total} rows")
+def check_rows(tensor: Tensor, rows: int) -> None:
+    """Raises UnsplittableError unless the tensor has a row for each of so many."""
+    if not tensor.shape or tensor.shape[0] != rows:
+        raise UnsplittableError(f"tensor {tensor.name!r} has shape {tensor.shape} for {rows} rows")
     try:
         check_raw(tensor)
     except BadTensor as error:
         raise UnsplittableError(error.message) from error
+
+
+def _cut(tensor: Tensor, cuts: Sequence[int]) -> list[Tensor]:
+    """One output as the outputs of the members: rows `cuts[i]` to `cuts[i + 1]` for member i."""
+    total = cuts[-1]
+    check_rows(tensor, total)
     width = element_count(tensor.shape[1:])
     if tensor.datatype == "BYTES":
         offsets = bytes_offsets(tensor)

@@ -59,6 +59,12 @@ def give_back(services: Services, claims: Sequence[Claim], error: TidegateError)
         log.warning("chunks left to their lease", action="chunks.abandoned", chunks=len(claims))
 
 
+def allow(services: WorkerServices, held: Sequence[Held], model: str) -> None:
+    """Raises `Unavailable` where the model has failed too often to be called again so soon."""
+    if not services.budget.allow(model, again=any(one.claim.token > 1 for one in held)):
+        raise Unavailable("the model has failed too often of late", retry_after=1)
+
+
 def infer(
     services: WorkerServices, held: Sequence[Held], requests: Sequence[InferRequest]
 ) -> list[InferResult | TidegateError]:
@@ -67,8 +73,7 @@ def infer(
     if not requests:
         return []
     model = requests[0].model
-    if not services.budget.allow(model, again=any(one.claim.token > 1 for one in held)):
-        raise Unavailable("the model has failed too often of late", retry_after=1)
+    allow(services, held, model)
     until = max((one.until for one in held), key=lambda deadline: deadline.at)
     outcomes = services.server.infer_many(requests, until, [one.token for one in held])
     away = any(isinstance(outcome, Unavailable) for outcome in outcomes)

@@ -9,16 +9,20 @@ Error line   the same with "response": null and "error": {"code", "message", "li
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
-from errors import BadRequest, TidegateError
-from inference import oip
+from errors import BadRequest, BadTensor, TidegateError
+from inference import oip, packing
+from inference.metadata import ModelSpec, check
 from inference.tensors import InferRequest, InferResult
-from storage.work import ChunkPlan
+from storage import objects
+from storage.objects import ObjectStore
+from storage.work import ChunkOutput, ChunkPlan, Claim
+from tasks.formats import FileErrors, Limits, Member, Pack, Range, Refused, Source
 
 ENDPOINT = re.compile(r"/v2/models/([A-Za-z0-9._-]+)(?:/versions/([0-9]{1,18}))?/infer")
 MAX_CUSTOM_ID = 512
@@ -113,12 +117,12 @@ def output_line(request_id: str, custom_id: str, result: InferResult) -> bytes:
     )
 
 
-def failed_line(request_id: str, custom_id: str, status: int, error: TidegateError) -> bytes:
+def failed_line(request_id: str, custom_id: str | None, status: int, error: TidegateError) -> bytes:
     """A line of the error file: the model, or the protocol, said no."""
     return _response(request_id, custom_id, status, {"error": error.message})
 
 
-def _response(request_id: str, custom_id: str, status: int, body: Any) -> bytes:
+def _response(request_id: str, custom_id: str | None, status: int, body: Any) -> bytes:
     return orjson.dumps(
         {
             "id": request_id,
@@ -143,24 +147,6 @@ def error_line(
         },
         option=orjson.OPT_APPEND_NEWLINE,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How a file is cut, and how long it may be."""
-
-    chunk_items: int
-    chunk_bytes: int
-    max_lines: int
-    max_line_bytes: int
-
-
-class FileErrors(Exception):
-    """The file as a whole can't be used; `errors` is OpenAI's `errors.data`."""
-
-    def __init__(self, errors: list[dict[str, Any]]):
-        super().__init__(errors[0]["message"])
-        self.errors = errors
 
 
 def plan_file(lines: Iterable[tuple[int, bytes]], limits: Limits) -> list[ChunkPlan]:
@@ -230,3 +216,156 @@ class _Chunk:
 
     def cut(self, end: int) -> ChunkPlan:
         return ChunkPlan(self.items, self.first_line, self.start, end, tuple(self.duplicates))
+
+
+class Lines:
+    """`Format` of these files."""
+
+    suffix = "jsonl"
+
+    def plan(self, source: Source, limits: Limits) -> list[ChunkPlan]:
+        return plan_file(objects.lines(source.blocks(), limits.max_line_bytes), limits)
+
+    def pieces(self, source: Source, claim: Claim, each: int, limits: Limits) -> list[ChunkPlan]:
+        lines = list(_lines(source, claim, limits))
+        plans: list[ChunkPlan] = []
+        for at in range(0, len(lines), each):
+            piece = lines[at : at + each]
+            numbers = [number for number, _, _ in piece]
+            end = lines[at + each][1] if at + each < len(lines) else claim.byte_end
+            duplicates = tuple(set(numbers).intersection(claim.duplicates))
+            plans.append(ChunkPlan(len(piece), numbers[0], piece[0][1], end, duplicates))
+        return plans
+
+    def read(
+        self, source: Source, claim: Claim, spec: ModelSpec, limits: Limits
+    ) -> Iterator[Pack | Refused]:
+        packer = _Packer(spec.max_batch_size, limits.pack_bytes)
+        for number, _, text in _lines(source, claim, limits):
+            try:
+                line = _runnable(text, number, claim, spec, limits)
+            except BadLine as bad:
+                yield Refused(number, bad.custom_id, bad.reason, bad.message)
+            else:
+                yield from packer.add(line)
+        yield from packer.rest()
+
+    def names(
+        self, source: Source, items: Range, limits: Limits
+    ) -> Iterator[tuple[int, str | None]]:
+        for number, _, text in _lines(source, items, limits):
+            yield number, peek_custom_id(text)
+
+    def writer(self, claim: Claim, spec: ModelSpec) -> LineWriter:
+        return LineWriter(claim)
+
+    def output(
+        self, source: Source, parts: Sequence[ChunkOutput], store: ObjectStore
+    ) -> Iterator[bytes]:
+        for part in parts:
+            if part.output_key:
+                yield from objects.steadily(store, part.output_key)
+
+
+def request_id(claim: Claim, number: int) -> str:
+    """The same for every attempt: a client may tell by it that two files hold one answer."""
+    return f"batch_req_{claim.job_id.hex}_{number}"
+
+
+def _lines(source: Source, items: Range, limits: Limits) -> Iterator[tuple[int, int, bytes]]:
+    """(line number, offset in the file, line) of a range, blank lines left out."""
+    start = items.byte_start
+    found = objects.lines(source.blocks(start, items.byte_end), limits.max_line_bytes)
+    for number, (offset, text) in enumerate(found, start=items.first_line):
+        if text.strip():
+            yield number, start + offset, text
+
+
+def _runnable(text: bytes, number: int, claim: Claim, spec: ModelSpec, limits: Limits) -> Line:
+    """The line, which the model would take. Raises `BadLine`."""
+    line = parse_line(text, number, claim.endpoint, limits.max_line_bytes)
+    if number in claim.duplicates:
+        raise BadLine(
+            "duplicate_custom_id", "custom_id: an earlier line has the same", line.custom_id
+        )
+    try:
+        check(line.request, spec)
+    except BadTensor as error:
+        raise BadLine(error.code, error.message, line.custom_id) from error
+    return line
+
+
+class _Packer:
+    """Gathers lines of one signature in one request each."""
+
+    def __init__(self, max_rows: int, max_bytes: int):
+        self._max_rows = max_rows
+        self._max_bytes = max_bytes
+        self._open: dict[Hashable, _Gathered] = {}
+
+    def add(self, line: Line) -> Iterator[Pack]:
+        """One line more; the packs that are full with it."""
+        request = line.request
+        rows = packing.rows_of(request) if self._max_rows > 1 else None
+        member = Member(line.number, line.custom_id, rows or 1, request.id)
+        if rows is None:
+            yield Pack(request, (member,))
+            return
+        size = sum(len(tensor.data) for tensor in request.inputs)
+        key = packing.signature(request)
+        group = self._open.get(key)
+        if group is not None and (
+            group.rows + rows > self._max_rows or group.size + size > self._max_bytes
+        ):
+            yield group.pack()
+            group = None
+        if group is None:
+            group = self._open[key] = _Gathered()
+        group.requests.append(request)
+        group.members.append(member)
+        group.rows += rows
+        group.size += size
+        if group.rows >= self._max_rows:
+            yield self._open.pop(key).pack()
+
+    def rest(self) -> Iterator[Pack]:
+        for group in self._open.values():
+            yield group.pack()
+
+
+@dataclass(slots=True)
+class _Gathered:
+    requests: list[InferRequest] = field(default_factory=list)
+    members: list[Member] = field(default_factory=list)
+    rows: int = 0
+    size: int = 0
+
+    def pack(self) -> Pack:
+        return Pack(packing.merge(self.requests), tuple(self.members))
+
+
+class LineWriter:
+    """`Writer` of output lines."""
+
+    def __init__(self, claim: Claim):
+        self._claim = claim
+        self._lines: list[tuple[int, bytes]] = []
+
+    def answered(self, pack: Pack, result: InferResult) -> Sequence[tuple[Member, TidegateError]]:
+        refused: list[tuple[Member, TidegateError]] = []
+        for member, share in zip(pack.members, pack.shares(result), strict=True):
+            try:
+                named = request_id(self._claim, member.number)
+                text = output_line(named, member.custom_id or "", share)
+            except TidegateError as error:
+                refused.append((member, error))
+            else:
+                self._lines.append((member.number, text))
+        return refused
+
+    def missing(self, member: Member) -> None:
+        """Its line is in the error file."""
+
+    def close(self) -> Sequence[bytes]:
+        self._lines.sort()
+        return [text for _, text in self._lines]

@@ -27,7 +27,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -60,6 +60,8 @@ POINTS = (
     Point("claimed, not run", "worker", When.AFTER, "storage.chunks:Chunks.claim"),
     Point("at the model", "worker", When.DURING, "inference.client:TritonServer.infer_many"),
     Point("answered, not stored", "worker", When.AFTER, "inference.client:TritonServer.infer_many"),
+    Point("lines at the model", "worker", When.AFTER, "inference.client:TritonServer.start"),
+    Point("lines answered, not stored", "worker", When.AFTER, "tasks.formats:Pack.shares"),
     Point("stored, not committed", "worker", When.BEFORE, "storage.chunks:Chunks.commit"),
     Point("within the commit", "worker", When.BEFORE, "storage.moves:fan_in"),
     Point("committed, not acknowledged", "worker", When.AFTER, "storage.chunks:Chunks.commit"),
@@ -195,21 +197,36 @@ def _watch_commits() -> None:
 
 
 def _poison() -> None:
-    def value(request: Any) -> int:
-        return int.from_bytes(bytes(request.inputs[0].data[:8]), "little", signed=True)
+    def values(request: Any) -> set[int]:
+        data = b"".join(bytes(tensor.data) for tensor in request.inputs)
+        return {
+            int.from_bytes(data[at : at + 8], "little", signed=True)
+            for at in range(0, len(data), 8)
+        }
 
-    def wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
+    def look(requests: Sequence[Any]) -> None:
+        found = {n for one in requests if one.model == "identity" for n in values(one)}
+        if KILLS in found:
+            die()
+        if HANGS in found:
+            threading.Event().wait()
+
+    def many(original: Callable[..., Any]) -> Callable[..., Any]:
         def infer_many(self: Any, requests: Any, *arguments: Any, **named: Any) -> Any:
-            values = {value(request) for request in requests if request.model == "identity"}
-            if KILLS in values:
-                die()
-            if HANGS in values:
-                threading.Event().wait()
+            look(requests)
             return original(self, requests, *arguments, **named)
 
         return infer_many
 
-    wrap("inference.client:TritonServer.infer_many", wrapper)
+    def one(original: Callable[..., Any]) -> Callable[..., Any]:
+        def start(self: Any, request: Any, *arguments: Any, **named: Any) -> Any:
+            look([request])
+            return original(self, request, *arguments, **named)
+
+        return start
+
+    wrap("inference.client:TritonServer.infer_many", many)
+    wrap("inference.client:TritonServer.start", one)
 
 
 def _flaky_store(share: float) -> None:

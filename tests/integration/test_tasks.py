@@ -33,7 +33,7 @@ from errors import (
 from inference import frames
 from inference.client import TritonServer
 from inference.fake import Delay, Fail, FakeTriton
-from inference.tensors import InferRequest, InferResult, Tensor
+from inference.tensors import InferRequest, InferResult, Outcome, Tensor
 from storage.dead_letters import LetterFilter
 from storage.files import FileRow, file_key
 from storage.redis_state import RedisState, Where
@@ -222,26 +222,24 @@ def test_a_job_the_database_cannot_keep_fails_alone(worker: Worker) -> None:
 
 def test_a_line_whose_answer_has_no_form_in_json_fails_alone(worker: Worker) -> None:
     lines = [line(n) for n in range(1, 5)]
-    lines[1]["body"]["inputs"] = [
-        {"name": "TEXT", "shape": [1, 1], "datatype": "BYTES", "data": ["fine"]}
-    ]
-    worker.fake.script("identity", [])
+    for n in (1, 2):
+        lines[n]["body"]["inputs"] = [
+            {"name": "TEXT", "shape": [1, 1], "datatype": "BYTES", "data": ["fine"]}
+        ]
     job = worker.batch(lines)
     run_chunks.apply(kwargs={"ids": worker.release()}, throw=True)
     with pytest.MonkeyPatch.context() as patch:
-        infer_many = worker.services.server.infer_many
+        start = worker.services.server.start
 
-        def spoilt(requests: Any, *args: Any, **kwargs: Any) -> Any:
-            outcomes = infer_many(requests, *args, **kwargs)
-            bad = Tensor("TEXT_OUT", "BYTES", (1, 1), b"\x02\0\0\0\xff\xfe")
-            return [
-                replace(one, outputs=(bad,))
-                if isinstance(one, InferResult) and one.outputs[0].datatype == "BYTES"
-                else one
-                for one in outcomes
-            ]
+        def spoilt(request: Any, *args: Any) -> Any:
+            outcome = start(request, *args)()
+            if isinstance(outcome, InferResult) and outcome.outputs[0].datatype == "BYTES":
+                assert outcome.outputs[0].shape == (2, 1)
+                bad = b"\x02\0\0\0\xff\xfe\x04\0\0\0fine"
+                outcome = replace(outcome, outputs=(Tensor("TEXT_OUT", "BYTES", (2, 1), bad),))
+            return lambda: outcome
 
-        patch.setattr(worker.services.server, "infer_many", spoilt)
+        patch.setattr(worker.services.server, "start", spoilt)
         worker.work()
     row = worker.row(job)
     assert (row.state, row.items_ok, row.items_failed) == ("succeeded", 3, 1)
@@ -438,20 +436,23 @@ def test_a_job_that_hangs_is_given_up_after_its_attempts(worker: Worker) -> None
 def test_a_line_that_hangs_is_given_up_alone(worker: Worker) -> None:
     lines = [line(n) for n in range(1, 5)]
     lines[2] = line(3, hang=True)
-    infer_many = worker.services.server.infer_many
+    start = worker.services.server.start
 
-    def hanging(requests: Any, deadline: Any, cancelled: Any) -> Any:
-        if any(one.parameters.get("hang") for one in requests):
-            cancelled[0].then(called_off.set)
+    def hanging(request: Any, deadline: Any, cancelled: Any) -> Any:
+        if not request.parameters.get("hang"):
+            return start(request, deadline, cancelled)
+        called_off = threading.Event()
+        cancelled.then(called_off.set)
+
+        def wait() -> Outcome:
             called_off.wait(20)
-            called_off.clear()
-            return [Cancelled("called off")] * len(requests)
-        return infer_many(requests, deadline, cancelled)
+            return Cancelled("called off")
 
-    called_off = threading.Event()
+        return wait
+
     job = worker.batch(lines)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker.services.server, "infer_many", hanging)
+        patch.setattr(worker.services.server, "start", hanging)
         for _ in range(8):
             worker.work()
             again_at_once(worker)

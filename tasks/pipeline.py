@@ -1,0 +1,92 @@
+"""Packs through the model, some under way at a time: while it runs one, the next is read and the
+last one's answers are written."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from errors import Cancelled, DeadlineExceeded, Retry, TidegateError, Unavailable
+from inference import packing
+from inference.client import CancelToken, may_be_one_members_fault
+from inference.tensors import InferResult, Outcome
+from tasks import attempts
+from tasks.bootstrap import WorkerServices
+from tasks.formats import Pack
+from tasks.leases import Held
+
+AHEAD = 4
+"""Packs under way at a time, and so in memory: enough to keep the model busy while one is read and
+one is written."""
+AHEAD_ALONE = 32
+"""The same of a model that takes one item at a time."""
+
+
+class Answered(NamedTuple):
+    """What became of a pack: one answer for all of it, or an error for each of its members."""
+
+    pack: Pack
+    outcome: Outcome
+
+
+def run(
+    services: WorkerServices, held: Held, packs: Iterator[Pack], ahead: int
+) -> Iterator[Answered]:
+    """Every pack's outcome, in the order they are read in; one that failed as a whole is run again
+    member by member. Raises what is not the fault of what was run: then all of it is to be run
+    again. Nothing is under way any more when this ends, however it does."""
+    calls = CancelToken()
+    held.token.then(calls.cancel)
+    waiting: deque[tuple[Pack, Callable[[], Outcome]]] = deque()
+
+    def start(pack: Pack) -> Callable[[], Outcome]:
+        return services.server.start(pack.request, held.until, calls)
+
+    def receive() -> Iterator[Answered]:
+        pack, wait = waiting.popleft()
+        outcome = wait()
+        if not _is_shared(pack, outcome):
+            yield Answered(pack, _judged(services, held, pack, outcome))
+            return
+        # One by one, so that an item the model fails at does not fail its neighbours.
+        for single, waits in [(single, start(single)) for single in pack.alone()]:
+            yield Answered(single, _judged(services, held, single, waits()))
+
+    try:
+        for pack in packs:
+            if not waiting:
+                attempts.allow(services, [held], pack.request.model)
+            waiting.append((pack, start(pack)))
+            if len(waiting) >= ahead:
+                yield from receive()
+        while waiting:
+            yield from receive()
+    finally:
+        calls.cancel()
+
+
+def _judged(services: WorkerServices, held: Held, pack: Pack, outcome: Outcome) -> Outcome:
+    """The outcome, where it is one of what was run. Raises it where it is one of this attempt."""
+    services.budget.record(pack.request.model, away=isinstance(outcome, Unavailable))
+    if isinstance(outcome, InferResult):
+        return outcome
+    error = held.blame(outcome)
+    if error.retry is not Retry.NEVER or isinstance(error, Cancelled | DeadlineExceeded):
+        raise error
+    return error
+
+
+def _is_shared(pack: Pack, outcome: Outcome) -> bool:
+    """Is it one member's fault, perhaps, that there is no answer for each?"""
+    if len(pack.members) == 1:
+        return False
+    if isinstance(outcome, TidegateError):
+        return may_be_one_members_fault(outcome)
+    rows = sum(member.rows for member in pack.members)
+    try:
+        for tensor in outcome.outputs:
+            packing.check_rows(tensor, rows)
+    except packing.UnsplittableError:
+        return True
+    return False
