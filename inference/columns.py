@@ -55,7 +55,7 @@ def datatype_of(kind: pa.DataType) -> tuple[str, int] | None:
     rank = 0
     while _is_list(kind):
         kind, rank = kind.value_type, rank + 1
-    if _is_text(kind):
+    if is_text(kind):
         return "BYTES", rank
     return next(((name, rank) for name, one in _TYPES.items() if one == kind), None)
 
@@ -75,6 +75,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.good)
 
+    @property
+    def item_size(self) -> int:
+        """Bytes of an element; 0 for BYTES."""
+        return DATATYPES[self.datatype].item_size
+
     def shape(self, row: int) -> tuple[int, ...]:
         return tuple(int(sizes[row]) for sizes in self.dims)
 
@@ -83,7 +88,7 @@ class Rows:
         at, to = int(self.starts[first]), int(self.starts[end])
         if isinstance(self.elements, list):
             return pack_bytes(self.elements[at:to])
-        return memoryview(self.elements[at:to]).cast("B") if to > at else b""
+        return self.elements[at:to].data.cast("B") if to > at else b""
 
 
 def read(column: pa.Array) -> Rows:
@@ -137,7 +142,8 @@ def _nulls(array: pa.Array) -> npt.NDArray[np.bool_]:
 
 def _offsets(array: pa.Array) -> Offsets:
     if pa.types.is_fixed_size_list(array.type):
-        return (np.arange(len(array) + 1, dtype=np.int64) + array.offset) * array.type.list_size
+        size = int(array.type.list_size)
+        return (np.arange(len(array) + 1, dtype=np.int64) + array.offset) * size
     offsets: Offsets = array.offsets.to_numpy().astype(np.int64)
     return offsets if len(offsets) else np.zeros(1, np.int64)
 
@@ -168,7 +174,8 @@ def _is_list(kind: pa.DataType) -> bool:
     )
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """A text, or bytes."""
     return bool(pa.types.is_binary(kind) or pa.types.is_string(kind) or _is_large(kind))
 
 

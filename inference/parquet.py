@@ -3,7 +3,6 @@ group by row group. Neither a file nor a row group is ever whole in memory."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, Protocol
@@ -56,6 +55,7 @@ class Table:
                 buffer_size=WINDOW,
                 thrift_string_size_limit=MAX_FOOTER,
                 thrift_container_size_limit=1_000_000,
+                page_checksum_verification=True,
             )
             schema = self._file.schema_arrow
         self.columns: Mapping[str, pa.DataType] = dict(zip(schema.names, schema.types, strict=True))
@@ -103,7 +103,8 @@ class Table:
                 f"row group {group} takes {size} bytes in memory, more than {MAX_ROW_GROUP}; "
                 f"write the file with row_group_size={fits}"
             )
-        return max(1, min(most, BATCH * told.num_rows // max(1, size)))
+        fitting = BATCH * int(told.num_rows) // max(1, size)
+        return max(1, min(most, fitting))
 
 
 _WIDTHS: Final = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}

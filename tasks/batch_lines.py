@@ -15,14 +15,24 @@ from typing import Any
 
 import orjson
 
-from errors import BadRequest, BadTensor, TidegateError
+from errors import BadRequest, BadTensor, ModelFailed, TidegateError
 from inference import oip, packing
 from inference.metadata import ModelSpec, check
 from inference.tensors import InferRequest, InferResult
 from storage import objects
 from storage.objects import ObjectStore
 from storage.work import ChunkOutput, ChunkPlan, Claim
-from tasks.formats import FileErrors, Limits, Member, Pack, Range, Refused, Source
+from tasks.formats import (
+    FileErrors,
+    Limits,
+    Member,
+    Output,
+    Pack,
+    Planned,
+    Range,
+    Refused,
+    Source,
+)
 
 ENDPOINT = re.compile(r"/v2/models/([A-Za-z0-9._-]+)(?:/versions/([0-9]{1,18}))?/infer")
 MAX_CUSTOM_ID = 512
@@ -223,8 +233,9 @@ class Lines:
 
     suffix = "jsonl"
 
-    def plan(self, source: Source, limits: Limits) -> list[ChunkPlan]:
-        return plan_file(objects.lines(source.blocks(), limits.max_line_bytes), limits)
+    def plan(self, source: Source, limits: Limits) -> Planned:
+        found = objects.lines(source.blocks(), limits.max_line_bytes)
+        return Planned(plan_file(found, limits))
 
     def pieces(self, source: Source, claim: Claim, each: int, limits: Limits) -> list[ChunkPlan]:
         lines = list(_lines(source, claim, limits))
@@ -250,21 +261,32 @@ class Lines:
                 yield from packer.add(line)
         yield from packer.rest()
 
-    def names(
-        self, source: Source, items: Range, limits: Limits
-    ) -> Iterator[tuple[int, str | None]]:
-        for number, _, text in _lines(source, items, limits):
-            yield number, peek_custom_id(text)
+    def undone(
+        self, source: Source, part: Range, limits: Limits, code: str, message: str
+    ) -> Iterator[Refused]:
+        for number, _, text in _lines(source, part, limits):
+            yield Refused(number, peek_custom_id(text), code, message)
 
     def writer(self, claim: Claim, spec: ModelSpec) -> LineWriter:
         return LineWriter(claim)
 
-    def output(
-        self, source: Source, parts: Sequence[ChunkOutput], store: ObjectStore
-    ) -> Iterator[bytes]:
-        for part in parts:
-            if part.output_key:
-                yield from objects.steadily(store, part.output_key)
+    def output(self, source: Source, parts: Sequence[ChunkOutput], objects: ObjectStore) -> Output:
+        return Output(joined(parts, objects))
+
+    def refused_line(self, claim: Claim, item: Refused) -> bytes:
+        named = request_id(claim, item.number)
+        return error_line(named, item.custom_id, item.number, item.code, item.message)
+
+    def failed_line(self, claim: Claim, member: Member, error: TidegateError) -> bytes:
+        status = 500 if isinstance(error, ModelFailed) else 400
+        return failed_line(request_id(claim, member.number), member.custom_id, status, error)
+
+
+def joined(parts: Sequence[ChunkOutput], store: ObjectStore) -> Iterator[bytes]:
+    """The lines of the parts, one behind the other."""
+    for part in parts:
+        if part.output_key:
+            yield from objects.steadily(store, part.output_key)
 
 
 def request_id(claim: Claim, number: int) -> str:
@@ -309,7 +331,7 @@ class _Packer:
         rows = packing.rows_of(request) if self._max_rows > 1 else None
         member = Member(line.number, line.custom_id, rows or 1, request.id)
         if rows is None:
-            yield Pack(request, (member,))
+            yield Pack(request, (member,), member.rows)
             return
         size = sum(len(tensor.data) for tensor in request.inputs)
         key = packing.signature(request)
@@ -341,7 +363,7 @@ class _Gathered:
     size: int = 0
 
     def pack(self) -> Pack:
-        return Pack(packing.merge(self.requests), tuple(self.members))
+        return Pack(packing.merge(self.requests), tuple(self.members), self.rows)
 
 
 class LineWriter:
@@ -356,7 +378,7 @@ class LineWriter:
         for member, share in zip(pack.members, pack.shares(result), strict=True):
             try:
                 named = request_id(self._claim, member.number)
-                text = output_line(named, member.custom_id or "", share)
+                text = output_line(named, member.custom_id or str(member.number), share)
             except TidegateError as error:
                 refused.append((member, error))
             else:
