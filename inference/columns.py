@@ -142,8 +142,8 @@ def _nulls(array: pa.Array) -> npt.NDArray[np.bool_]:
 
 def _offsets(array: pa.Array) -> Offsets:
     if pa.types.is_fixed_size_list(array.type):
-        size = int(array.type.list_size)
-        return (np.arange(len(array) + 1, dtype=np.int64) + array.offset) * size
+        size, begin = int(array.type.list_size), int(array.offset)
+        return np.arange(begin, begin + len(array) + 1, dtype=np.int64) * size
     offsets: Offsets = array.offsets.to_numpy().astype(np.int64)
     return offsets if len(offsets) else np.zeros(1, np.int64)
 

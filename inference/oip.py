@@ -146,27 +146,38 @@ def render_infer(result: InferResult, fmt: ResponseFormat) -> tuple[bytes, int |
     Non-finite numbers in JSON become null (see `tensors.unpack_json`). Raises Unsupported where
     an output has no JSON form and was not asked for in binary.
     """
-    head: dict[str, Any] = {"id": result.id} if result.id else {}
-    head |= {"model_name": result.model, "model_version": result.version}
-    if result.parameters:
-        head["parameters"] = dict(result.parameters)
     outputs, tail = [], []
     for tensor in result.outputs:
-        entry: dict[str, Any] = {
-            "name": tensor.name,
-            "datatype": tensor.datatype,
-            "shape": tensor.shape,
-        }
+        entry = _entry(tensor)
         if fmt.is_binary(tensor.name):
             entry["parameters"] = {"binary_data_size": len(tensor.data)}
             tail.append(tensor.data)
         else:
             entry["data"] = json_values(tensor)
         outputs.append(entry)
-    text = orjson.dumps(head | {"outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
+    text = _answer(result, outputs)
     if not tail:
         return text, None
     return b"".join((text, *tail)), len(text)
+
+
+def render_form(result: InferResult, data: bytes) -> bytes:
+    """The body of an answer all of whose outputs are in JSON, with `data` in place of the values of
+    each."""
+    values = orjson.Fragment(data)
+    return _answer(result, [_entry(tensor) | {"data": values} for tensor in result.outputs])
+
+
+def _answer(result: InferResult, outputs: list[dict[str, Any]]) -> bytes:
+    head: dict[str, Any] = {"id": result.id} if result.id else {}
+    head |= {"model_name": result.model, "model_version": result.version}
+    if result.parameters:
+        head["parameters"] = dict(result.parameters)
+    return orjson.dumps(head | {"outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _entry(tensor: Tensor) -> dict[str, Any]:
+    return {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
 
 
 # Parsing

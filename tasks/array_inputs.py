@@ -54,7 +54,8 @@ class Members(Sequence[Member]):
         if not 0 <= at < self._count:
             raise IndexError(at)
         told = self._ids[at].as_py() if self._ids is not None else None
-        return Member(self._first + at, told)
+        # A row without a name is called by its number.
+        return Member(self._first + at, told or str(self._first + at))
 
 
 def each_range(order: Order, limits: Limits, row_bytes: int) -> int:

@@ -8,9 +8,11 @@ Error line   the same with "response": null and "error": {"code", "message", "li
 
 from __future__ import annotations
 
+import itertools
 import re
+import secrets
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
@@ -18,7 +20,7 @@ import orjson
 from errors import BadRequest, BadTensor, ModelFailed, TidegateError
 from inference import oip, packing
 from inference.metadata import ModelSpec, check
-from inference.tensors import InferRequest, InferResult
+from inference.tensors import InferRequest, InferResult, Tensor, json_values
 from storage import objects
 from storage.objects import ObjectStore
 from storage.work import ChunkOutput, ChunkPlan, Claim
@@ -33,6 +35,7 @@ from tasks.formats import (
     Refused,
     Source,
 )
+from tasks.line_pattern import Alike, Bundle
 
 ENDPOINT = re.compile(r"/v2/models/([A-Za-z0-9._-]+)(?:/versions/([0-9]{1,18}))?/infer")
 MAX_CUSTOM_ID = 512
@@ -132,7 +135,7 @@ def failed_line(request_id: str, custom_id: str | None, status: int, error: Tide
     return _response(request_id, custom_id, status, {"error": error.message})
 
 
-def _response(request_id: str, custom_id: str | None, status: int, body: Any) -> bytes:
+def _response(request_id: str, custom_id: Any, status: int, body: Any) -> bytes:
     return orjson.dumps(
         {
             "id": request_id,
@@ -251,15 +254,10 @@ class Lines:
     def read(
         self, source: Source, claim: Claim, spec: ModelSpec, limits: Limits
     ) -> Iterator[Pack | Refused]:
-        packer = _Packer(spec.max_batch_size, limits.pack_bytes)
+        reader = _Reader(claim, spec, limits)
         for number, _, text in _lines(source, claim, limits):
-            try:
-                line = _runnable(text, number, claim, spec, limits)
-            except BadLine as bad:
-                yield Refused(number, bad.custom_id, bad.reason, bad.message)
-            else:
-                yield from packer.add(line)
-        yield from packer.rest()
+            yield from reader.add(number, text)
+        yield from reader.rest()
 
     def undone(
         self, source: Source, part: Range, limits: Limits, code: str, message: str
@@ -315,6 +313,49 @@ def _runnable(text: bytes, number: int, claim: Claim, spec: ModelSpec, limits: L
     except BadTensor as error:
         raise BadLine(error.code, error.message, line.custom_id) from error
     return line
+
+
+class _Reader:
+    """Makes packs of one range's lines: of those that are alike by their pattern, of the others one
+    by one."""
+
+    def __init__(self, claim: Claim, spec: ModelSpec, limits: Limits):
+        self._claim = claim
+        self._spec = spec
+        self._limits = limits
+        self._alike = Alike(spec.max_batch_size, limits.pack_bytes, limits.max_line_bytes)
+        self._packer = _Packer(spec.max_batch_size, limits.pack_bytes)
+        self._duplicates = frozenset(claim.duplicates)
+
+    def add(self, number: int, text: bytes) -> Iterable[Pack | Refused]:
+        """One line more; what is full with it, or refused."""
+        if number not in self._duplicates:
+            taken = self._alike.take(number, text)
+            if taken is True:
+                return ()
+            if taken is not False:
+                return self._bundled(taken)
+        return self._read(number, text)
+
+    def rest(self) -> Iterator[Pack | Refused]:
+        for bundle in self._alike.rest():
+            yield from self._bundled(bundle)
+        yield from self._packer.rest()
+
+    def _bundled(self, bundle: Bundle) -> Iterable[Pack | Refused]:
+        pack = bundle.pack()
+        if pack is not None:
+            return (pack,)
+        return itertools.chain.from_iterable(itertools.starmap(self._read, bundle.lines))
+
+    def _read(self, number: int, text: bytes) -> Iterator[Pack | Refused]:
+        try:
+            line = _runnable(text, number, self._claim, self._spec, self._limits)
+        except BadLine as bad:
+            yield Refused(number, bad.custom_id, bad.reason, bad.message)
+        else:
+            self._alike.learn(text, line.request)
+            yield from self._packer.add(line)
 
 
 class _Packer:
@@ -374,20 +415,69 @@ class LineWriter:
         self._lines: list[tuple[int, bytes]] = []
 
     def answered(self, pack: Pack, result: InferResult) -> Sequence[tuple[Member, TidegateError]]:
+        texts = self._together(pack, result) if len(pack.members) > 1 else None
+        if texts is not None:
+            self._lines += zip((member.number for member in pack.members), texts, strict=True)
+            return ()
         refused: list[tuple[Member, TidegateError]] = []
         for member, share in zip(pack.members, pack.shares(result), strict=True):
             try:
-                named = request_id(self._claim, member.number)
-                text = output_line(named, member.custom_id or str(member.number), share)
+                self._lines.append((member.number, self._line(member, share)))
             except TidegateError as error:
                 refused.append((member, error))
-            else:
-                self._lines.append((member.number, text))
         return refused
+
+    def _line(self, member: Member, share: InferResult) -> bytes:
+        return output_line(request_id(self._claim, member.number), member.custom_id or "", share)
+
+    def _together(self, pack: Pack, result: InferResult) -> list[bytes] | None:
+        """The lines of a pack, where they differ in their numbers and custom_ids only: the first
+        one's text, with others' in their places. None where they differ in more."""
+        first = pack.members[0]
+        rows, name = first.rows, first.request_id
+        if any(one.rows != rows or one.request_id != name for one in pack.members):
+            return None
+        columns = []
+        for tensor in result.outputs:
+            column = _columns(tensor, len(pack.members))
+            if column is None:
+                return None
+            columns.append(column)
+        names = [request_id(self._claim, member.number).encode() for member in pack.members]
+        custom_ids = [orjson.dumps(member.custom_id) for member in pack.members]
+        form = _form(result, rows, name)
+        return [form % values for values in zip(names, custom_ids, names, *columns, strict=True)]
 
     def missing(self, member: Member) -> None:
         """Its line is in the error file."""
 
     def close(self) -> Sequence[bytes]:
         self._lines.sort()
-        return [text for _, text in self._lines]
+        return [b"".join(text for _, text in self._lines)] if self._lines else []
+
+
+_MARK = secrets.token_hex(16).encode()
+"""What nobody writes."""
+
+
+def _form(result: InferResult, rows: int, name: str) -> bytes:
+    """The text of an output line, for bytes to be formatted into: the request's id, the custom_id,
+    the request's id again, each output's values."""
+    outputs = tuple(replace(one, shape=(rows, *one.shape[1:])) for one in result.outputs)
+    body = oip.render_form(replace(result, id=name, outputs=outputs), b"[" + _MARK + b"]")
+    text = _response(_MARK.decode(), orjson.Fragment(_MARK), 200, orjson.Fragment(body))
+    return text.replace(b"%", b"%%").replace(_MARK, b"%b")
+
+
+def _columns(tensor: Tensor, count: int) -> list[bytes] | None:
+    """An output's values as JSON, for each of so many lines. None where they are no numbers."""
+    if tensor.datatype == "BYTES":
+        return None
+    try:
+        values = json_values(tensor)
+    except TidegateError:
+        return None
+    if isinstance(values, list) or not values.size:
+        return None
+    rows = values.reshape(count, -1)
+    return orjson.dumps(rows, option=orjson.OPT_SERIALIZE_NUMPY)[2:-2].split(b"],[")

@@ -159,7 +159,8 @@ class _Errors:
         self.count += 1
 
     def close(self) -> list[bytes]:
-        return [text for _, text in (*sorted(self._refused), *sorted(self._failed))]
+        texts = [text for _, text in (*sorted(self._refused), *sorted(self._failed))]
+        return [b"".join(texts)] if texts else []
 
 
 def _finalize(services: Services, held: Held) -> None:

@@ -1,0 +1,251 @@
+"""Lines that are alike: read by a pattern and parsed many at once, where reading each by itself
+costs more than running it.
+
+Most files are written by a program: their lines are one text, but for the custom_id, the shapes and
+the numbers. A pattern is made of a line that was read with all care. What matches it is, by JSON's
+grammar, the same document with another string and other arrays in these places; and where shapes
+and brackets are those of a line that the model takes, only the numbers are left to be looked at,
+those of a whole pack by one call. Whatever is unusual in any way is given back, to be read with all
+care as well: what is wrong with a line is said in one place only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import numpy as np
+import orjson
+
+from inference import packing
+from inference.tensors import InferRequest, Tensor, datatype, element_count
+from tasks.formats import Member, Pack
+
+MOST_PATTERNS = 4
+"""Of one range. What comes in more forms is read line by line."""
+MOST_KINDS = 1000
+"""Shapes of one range that are kept in mind."""
+
+_KEYS: Final = re.compile(rb'"(custom_id|shape|data)"[ \t]*:[ \t]*')
+_VALUES: Final[Mapping[bytes, re.Pattern[bytes]]] = {
+    b"custom_id": re.compile(rb'"[^"]*"'),
+    b"shape": re.compile(rb"\[[0-9, ]*\]"),
+    b"data": re.compile(rb"\[[-+0-9.eE, \[\]]*\]"),
+}
+# Printable ASCII without quote and backslash: a string that means what it says.
+_GROUPS: Final[Mapping[bytes, bytes]] = {
+    b"custom_id": rb'"([ !#-\[\]-~]{1,512})"',
+    b"shape": rb"(\[[0-9, ]*\])",
+}
+_DATA: Final[Mapping[str, bytes]] = {
+    "i": rb"(\[[-0-9, \[\]]*\])",
+    "u": rb"(\[[-0-9, \[\]]*\])",
+    "f": rb"(\[[-+0-9.eE, \[\]]*\])",
+}
+_NUMERALS: Final = b"0123456789+-.eE "
+_BRACKETS: Final = b"[]"
+
+Key = tuple[bytes, ...]
+"""Shapes as written, and data without its numbers: brackets and commas."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """Lines of one pattern and one key; `request` is that of the first, which the model takes."""
+
+    request: InferRequest
+    rows: int | None
+    """Of one line in a pack; None: it must go alone."""
+    size: int
+
+    @classmethod
+    def of(cls, request: InferRequest, max_rows: int) -> _Kind:
+        rows = packing.rows_of(request) if max_rows > 1 else None
+        return cls(request, rows, sum(len(tensor.data) for tensor in request.inputs))
+
+
+@dataclass(slots=True)
+class Bundle:
+    """Lines of one kind, up to a pack of them."""
+
+    kind: _Kind
+    lines: list[tuple[int, bytes]] = field(default_factory=list)
+    custom_ids: list[bytes] = field(default_factory=list)
+    columns: list[list[bytes]] = field(default_factory=list)
+    """Each input's data, line by line."""
+
+    def pack(self) -> Pack | None:
+        """None where there is something about the numbers: it is for the lines to say."""
+        request = self.kind.request
+        inputs = []
+        for tensor, column in zip(request.inputs, self.columns, strict=True):
+            data = _numbers(b",".join(column), tensor, len(self.lines))
+            if data is None:
+                return None
+            shape = tensor.shape
+            if self.kind.rows is not None:
+                shape = (shape[0] * len(self.lines), *shape[1:])
+            inputs.append(Tensor(tensor.name, tensor.datatype, shape, data))
+        rows = self.kind.rows or 1
+        members = [
+            Member(number, custom_id.decode(), rows, request.id)
+            for (number, _), custom_id in zip(self.lines, self.custom_ids, strict=True)
+        ]
+        name = request.id if len(members) == 1 else ""
+        rows = sum(member.rows for member in members)
+        return Pack(replace(request, inputs=tuple(inputs), id=name), members, rows)
+
+
+def _numbers(text: bytes, tensor: Tensor, count: int) -> bytes | None:
+    """The data of so many tensors like this one, as `tensors.pack_json` makes it."""
+    try:
+        values = orjson.loads(b"[" + text.translate(None, _BRACKETS) + b"]")
+    except orjson.JSONDecodeError:
+        return None
+    dtype = datatype(tensor.datatype).dtype
+    if dtype is None or len(values) != count * element_count(tensor.shape):
+        return None
+    if dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            floats = np.array(values, dtype=dtype)
+        return floats.tobytes() if np.isfinite(floats).all() else None
+    # Of whole numbers numpy makes this, unless one is out of its range.
+    integers = np.array(values)
+    limits = np.iinfo(dtype)
+    if (
+        integers.dtype != np.int64
+        or integers.min() < limits.min
+        or int(integers.max()) > limits.max
+    ):
+        return None
+    return integers.astype(dtype).tobytes()
+
+
+class _Pattern:
+    """The text that lines have in common, and their kinds."""
+
+    def __init__(self, expression: bytes, names: Sequence[bytes]):
+        """`names` are those of the expression's groups."""
+        self.match = re.compile(expression).fullmatch
+        self.kinds: dict[Key, _Kind] = {}
+        self.open: dict[Key, Bundle] = {}
+        self.custom_id = names.index(b"custom_id")
+        self._shapes = [at for at, name in enumerate(names) if name == b"shape"]
+        self._data = [at for at, name in enumerate(names) if name == b"data"]
+
+    @classmethod
+    def of(cls, text: bytes, request: InferRequest) -> _Pattern | None:
+        """None for a line that is no pattern for others."""
+        dtypes = [datatype(tensor.datatype).dtype for tensor in request.inputs]
+        if b"\\" in text or any(dtype is None or dtype.kind not in _DATA for dtype in dtypes):
+            return None
+        kinds = iter([dtype.kind for dtype in dtypes if dtype is not None])
+        names: list[bytes] = []
+        expression: list[bytes] = []
+        emptied: list[bytes] = []
+        at = 0
+        for key in _KEYS.finditer(text):
+            value = _VALUES[key[1]].match(text, key.end())
+            if value is None:
+                return None
+            names.append(key[1])
+            fixed = text[at : value.start()]
+            at = value.end()
+            # A key too many is noticed below.
+            group = _DATA[next(kinds, "f")] if key[1] == b"data" else _GROUPS[key[1]]
+            expression += re.escape(fixed), group
+            emptied += fixed, b'""' if key[1] == b"custom_id" else b"[]"
+        expression.append(re.escape(text[at:]))
+        emptied.append(text[at:])
+        if len(names) != 1 + 2 * len(dtypes) or not _is_emptied(b"".join(emptied), text):
+            return None
+        return cls(b"".join(expression), names)
+
+    def key(self, groups: Sequence[bytes]) -> Key:
+        shapes = [groups[at] for at in self._shapes]
+        return (*shapes, *(groups[at].translate(None, _NUMERALS) for at in self._data))
+
+    def data(self, groups: Sequence[bytes]) -> list[bytes]:
+        return [groups[at] for at in self._data]
+
+
+def _is_emptied(emptied: bytes, text: bytes) -> bool:
+    """Is this the text's document with its custom_id and its inputs' shapes and data empty, and
+    nothing else? Then these places are what one takes them for."""
+    document: dict[str, Any] = orjson.loads(text)
+    body = document["body"]
+    inputs = [one | {"shape": [], "data": []} for one in body["inputs"]]
+    wanted = document | {"custom_id": "", "body": body | {"inputs": inputs}}
+    try:
+        return bool(orjson.loads(emptied) == wanted)
+    except orjson.JSONDecodeError:
+        return False
+
+
+class Alike:
+    """The patterns of one range, and the bundles that are not full yet."""
+
+    def __init__(self, max_rows: int, max_bytes: int, max_line: int):
+        self._max_rows = max_rows
+        self._max_bytes = max_bytes
+        self._max_line = max_line
+        self._patterns: list[_Pattern] = []
+        self._given_up = 0
+
+    def take(self, number: int, text: bytes) -> bool | Bundle:
+        """Keep a line that is like one that was learnt: False where it is not; the bundle, where
+        it is full with this line."""
+        if len(text) > self._max_line:
+            return False
+        for pattern in self._patterns:
+            found = pattern.match(text)
+            if found is not None:
+                break
+        else:
+            return False
+        groups = found.groups()
+        key = pattern.key(groups)
+        kind = pattern.kinds.get(key)
+        if kind is None:
+            return False
+        bundle = pattern.open.get(key)
+        if bundle is None:
+            bundle = pattern.open[key] = Bundle(kind, columns=[[] for _ in kind.request.inputs])
+        bundle.lines.append((number, text))
+        bundle.custom_ids.append(groups[pattern.custom_id])
+        for column, data in zip(bundle.columns, pattern.data(groups), strict=True):
+            column.append(data)
+        more = len(bundle.lines) + 1
+        if (
+            kind.rows is None
+            or kind.rows * more > self._max_rows
+            or kind.size * more > self._max_bytes
+        ):
+            return pattern.open.pop(key)
+        return True
+
+    def learn(self, text: bytes, request: InferRequest) -> None:
+        """Those that are like this one, which the model takes, need not be read any more."""
+        kind = _Kind.of(request, self._max_rows)
+        for pattern in self._patterns:
+            found = pattern.match(text)
+            if found is not None:
+                if len(pattern.kinds) < MOST_KINDS:
+                    pattern.kinds[pattern.key(found.groups())] = kind
+                return
+        if len(self._patterns) + self._given_up >= MOST_PATTERNS:
+            return
+        made = _Pattern.of(text, request)
+        found = made.match(text) if made is not None else None
+        if made is None or found is None:
+            self._given_up += 1
+            return
+        made.kinds[made.key(found.groups())] = kind
+        self._patterns.append(made)
+
+    def rest(self) -> Iterator[Bundle]:
+        for pattern in self._patterns:
+            yield from pattern.open.values()
+            pattern.open.clear()
