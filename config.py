@@ -136,9 +136,9 @@ class Settings:
     hint_timeout: float = 5.0
     """A released chunk nobody claimed for this long is released again; each time in vain the wait
     doubles, up to 32 times this, until a worker arrives."""
-    pump_credit: int = 4096
+    pump_credit: int = 65_536
     """Items per group that may wait in the broker: a few seconds of work."""
-    chunk_items: int = 256
+    chunk_items: int = 8192
     """Most lines of a batch file in one chunk."""
     chunk_bytes: int = 4 * MIB
     """Most input bytes in one chunk (a longer single line is a chunk of its own)."""

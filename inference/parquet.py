@@ -3,8 +3,10 @@ group by row group. Neither a file nor a row group is ever whole in memory."""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import pyarrow as pa
@@ -27,7 +29,6 @@ WINDOW: Final = 1 << 20
 """Bytes of one column that are read at a time."""
 ROW_GROUP: Final = 16 << 20
 """Bytes of one that is written."""
-_FIRST: Final = b"first"
 
 
 class RandomAccess(Protocol):
@@ -167,21 +168,48 @@ def _halved(batch: pa.RecordBatch, size: int) -> Iterator[pa.RecordBatch]:
         yield batch
 
 
+_HEAD: Final = struct.Struct("<QQ")
+
+
 def pack(batch: pa.RecordBatch, first: int) -> bytes:
-    """Rows from number `first` on, for `unpack`."""
-    batch = batch.replace_schema_metadata({_FIRST: str(first)})
+    """Rows from number `first` on, as a block."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as stream:
         stream.write_batch(batch)
-    return bytes(sink.getvalue())
+    body = sink.getvalue()
+    return b"".join((_HEAD.pack(len(body), first), body))
 
 
-def unpack(data: bytes, first: int, count: int) -> pa.RecordBatch:
-    """`count` rows from number `first` on, of what was packed; they share its memory."""
-    with pa.ipc.open_stream(pa.py_buffer(data)) as stream:
-        batch = stream.read_next_batch()
-    begin = int(batch.schema.metadata[_FIRST])
-    return batch.slice(first - begin, count)
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows from number `first` on; `start` and `end` are its place among the blocks it lies in."""
+
+    first: int
+    start: int
+    end: int
+    batch: pa.RecordBatch
+
+    @property
+    def rows(self) -> int:
+        return int(self.batch.num_rows)
+
+    def within(self, first: int, end: int) -> Block:
+        """Those of its rows that have these numbers."""
+        begin = max(first, self.first)
+        rows = max(0, min(end, self.first + self.rows) - begin)
+        return Block(begin, self.start, self.end, self.batch.slice(begin - self.first, rows))
+
+
+def blocks(data: bytes) -> Iterator[Block]:
+    """Blocks that lie one behind the other; their rows share the memory of `data`."""
+    at, whole = 0, pa.py_buffer(data)
+    while at < len(data):
+        length, first = _HEAD.unpack_from(data, at)
+        body = at + _HEAD.size
+        with pa.ipc.open_stream(whole.slice(body, length)) as stream:
+            batch = stream.read_next_batch()
+        yield Block(first, at, body + length, batch)
+        at = body + length
 
 
 # Writing

@@ -167,25 +167,13 @@ class Chunks:
             ).rowcount
             if not shrunk:
                 return False
-            job = connection.execute(
-                sa.update(tables.jobs)
-                .where(_jobs.id == claim.job_id)
-                .values(chunks_total=_jobs.chunks_total + len(rest))
-                .returning(*tables.jobs.c)
-            ).one()
-            start = job.chunks_total - len(rest) + 1
-            moves.insert_chunks(
-                connection,
-                [
-                    moves.chunk_row(job, seq=seq, kind=ChunkKind.INFER, plan=plan)
-                    for seq, plan in enumerate(rest, start=start)
-                ],
-            )
+            moves.add_chunks(connection, claim.job_id, rest)
             return True
 
     def commit(self, done: Sequence[Done]) -> set[int]:
         """Commit attempts at infer chunks: the ids that were still ours. The last chunk of a job
-        finishes it, or starts putting its files together, in the same transaction."""
+        finishes it, or starts putting its files together, in the same transaction; and so does what
+        an attempt left over become chunks."""
         if not done:
             return set()
         with self.database.transaction() as connection:
@@ -197,6 +185,8 @@ class Chunks:
                 sa.column("error_key", sa.Text),
                 sa.column("items_ok", sa.BigInteger),
                 sa.column("items_failed", sa.BigInteger),
+                sa.column("item_count", sa.BigInteger),
+                sa.column("byte_end", sa.BigInteger),
                 name="done",
             ).data(
                 [
@@ -207,6 +197,8 @@ class Chunks:
                         d.error_key,
                         d.items_ok,
                         d.items_failed,
+                        d.items_ok + d.items_failed if d.rest else d.claim.items,
+                        d.rest[0].byte_start if d.rest else d.claim.byte_end,
                     )
                     for d in done
                 ]
@@ -226,6 +218,8 @@ class Chunks:
                         error_key=sa.cast(values.c.error_key, sa.Text),
                         items_ok=values.c.items_ok,
                         items_failed=values.c.items_failed,
+                        item_count=values.c.item_count,
+                        byte_end=values.c.byte_end,
                     )
                     .returning(_chunks.id)
                 ).scalars()
@@ -239,6 +233,7 @@ class Chunks:
                     tally.chunks += 1
                     tally.ok += item.items_ok
                     tally.failed += item.items_failed
+                    moves.add_chunks(connection, item.claim.job_id, item.rest)
             moves.fan_in(connection, tallies)
         return committed
 
@@ -384,6 +379,7 @@ _CLAIMED = (
         sa.func.coalesce(_batches.endpoint, "").label("endpoint"),
         sa.func.coalesce(_batches.staged_key, tables.files.c.object_key, "").label("file_key"),
         _jobs.outcome,
+        (_jobs.chunks_total - _jobs.chunks_done).label("open_chunks"),
         _batches.arrays,
         _batches.layout,
     )

@@ -166,6 +166,26 @@ def insert_chunks(connection: sa.Connection, rows: Sequence[dict[str, Any]]) -> 
         connection.execute(sa.insert(tables.chunks), rows)
 
 
+def add_chunks(connection: sa.Connection, job_id: UUID, plans: Sequence[ChunkPlan]) -> None:
+    """More chunks for a batch that runs: parts of one it had."""
+    if not plans:
+        return
+    job = connection.execute(
+        sa.update(tables.jobs)
+        .where(_jobs.id == job_id)
+        .values(chunks_total=_jobs.chunks_total + len(plans))
+        .returning(*tables.jobs.c)
+    ).one()
+    start = job.chunks_total - len(plans) + 1
+    insert_chunks(
+        connection,
+        [
+            chunk_row(job, seq=seq, kind=ChunkKind.INFER, plan=plan)
+            for seq, plan in enumerate(plans, start=start)
+        ],
+    )
+
+
 def _end_of(item: Done) -> JobState:
     """The state a one-item job ends in."""
     if isinstance(item.error, DeadlineExceeded):

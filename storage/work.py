@@ -98,6 +98,8 @@ class Claim:
     endpoint: str
     file_key: str
     outcome: str | None
+    open_chunks: int = 1
+    """Of its job, at the moment of the claim."""
     arrays: Mapping[str, Any] | None = None
     """What to do with a file of arrays; None: it is lines."""
     layout: Mapping[str, Any] | None = None
@@ -106,6 +108,18 @@ class Claim:
     def key(self, name: str) -> str:
         """An object key only this attempt writes: a stale one can never overwrite a newer one's."""
         return f"jobs/{self.tenant_id.hex}/{self.job_id.hex}/{self.seq}/{self.token}/{name}"
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPlan:
+    """One range of lines of the input file: `[byte_start, byte_end)`."""
+
+    items: int
+    first_line: int
+    byte_start: int
+    byte_end: int
+    duplicates: tuple[int, ...] = ()
+    """Line numbers whose custom_id an earlier line has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,18 +134,9 @@ class Done:
     error_key: str | None = None
     error: TidegateError | None = None
     """One-item jobs: why the item failed."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkPlan:
-    """One range of lines of the input file: `[byte_start, byte_end)`."""
-
-    items: int
-    first_line: int
-    byte_start: int
-    byte_end: int
-    duplicates: tuple[int, ...] = ()
-    """Line numbers whose custom_id an earlier line has."""
+    rest: tuple[ChunkPlan, ...] = ()
+    """What of the chunk was not run, up to its end: chunks of their own from now on. The items
+    counted here are then all that is left of this one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,12 @@ from storage.work import ChunkPlan, Claim
 from tasks.array_order import Order, fit
 from tasks.formats import FileErrors, Limits, Member, Pack, Planned, Range, Refused, Source
 
-CALLS: Final = 64
-"""Full requests that one range makes, where its bytes allow: what claiming and committing it costs
-is little next to them, and what a lost attempt repeats is little, too."""
 RANGE_ROWS: Final = 16_384
-"""Most rows of a range, unless one request takes more."""
+"""Most rows of a range: what claiming and committing it costs is little next to running them. An
+attempt for which they are too many leaves the rest."""
+BLOCK_ROWS: Final = 256
+"""Rows of Parquet that are staged together, if four requests don't take more: an attempt stops
+between two blocks only."""
 MAX_ROWS: Final = 100_000_000
 """Of a file."""
 MOST_DECODED: Final = 16 << 30
@@ -56,13 +57,6 @@ class Members(Sequence[Member]):
         told = self._ids[at].as_py() if self._ids is not None else None
         # A row without a name is called by its number.
         return Member(self._first + at, told or str(self._first + at))
-
-
-def each_range(order: Order, limits: Limits, row_bytes: int) -> int:
-    """How many rows a range has."""
-    most = max(limits.chunk_items, CALLS * order.max_rows)
-    most = min(most, max(RANGE_ROWS, order.max_rows))
-    return max(1, min(most, limits.chunk_bytes // max(1, row_bytes)))
 
 
 def rejected(error: TidegateError) -> FileErrors:
@@ -138,10 +132,15 @@ class Inputs(Protocol):
         """Its rows have a custom_id."""
 
     def plan(self, source: Source, limits: Limits) -> Planned: ...
-    def pieces(self, claim: Claim, each: int) -> list[ChunkPlan]: ...
+    def pieces(self, source: Source, whole: ChunkPlan, each: int) -> list[ChunkPlan]: ...
     def read(
-        self, source: Source, claim: Claim, spec: ModelSpec, limits: Limits
-    ) -> Iterator[Pack | Refused]: ...
+        self,
+        source: Source,
+        claim: Claim,
+        spec: ModelSpec,
+        limits: Limits,
+        enough: Callable[[], bool],
+    ) -> Iterator[Pack | Refused | ChunkPlan]: ...
 
     def ids(self, source: Source, part: Range) -> pa.Array:
         """The custom_id of each row of a range, where it has one."""
@@ -167,17 +166,22 @@ class NpyInput:
         except TidegateError as error:
             raise rejected(error) from error
         check_rows(found.rows)
-        each = each_range(self.order, limits, found.row_bytes)
+        each = max(1, min(RANGE_ROWS, limits.chunk_bytes // found.row_bytes))
         ranges = _cut(0, found.rows, found.start, found.row_bytes, each)
         return Planned(ranges, {"shape": shape})
 
-    def pieces(self, claim: Claim, each: int) -> list[ChunkPlan]:
-        row_bytes = (claim.byte_end - claim.byte_start) // claim.items
-        return _cut(claim.first_line, claim.items, claim.byte_start, row_bytes, each)
+    def pieces(self, source: Source, whole: ChunkPlan, each: int) -> list[ChunkPlan]:
+        row_bytes = (whole.byte_end - whole.byte_start) // whole.items
+        return _cut(whole.first_line, whole.items, whole.byte_start, row_bytes, each)
 
     def read(
-        self, source: Source, claim: Claim, spec: ModelSpec, limits: Limits
-    ) -> Iterator[Pack | Refused]:
+        self,
+        source: Source,
+        claim: Claim,
+        spec: ModelSpec,
+        limits: Limits,
+        enough: Callable[[], bool],
+    ) -> Iterator[Pack | Refused | ChunkPlan]:
         data = memoryview(b"".join(source.blocks(claim.byte_start, claim.byte_end)))
         width = len(data) // claim.items
         wanted, shape = self.order.inputs[0], tuple(self.layout["shape"])
@@ -189,7 +193,14 @@ class NpyInput:
             len(data),
         )
         members = Members(claim.first_line, claim.items)
-        yield from packs(self.order, claim, [column], members, spec, limits)
+        done = 0
+        for found in packs(self.order, claim, [column], members, spec, limits):
+            yield found
+            done += found.items
+            if done < claim.items and enough():
+                start = claim.byte_start + done * width
+                yield ChunkPlan(claim.items - done, claim.first_line + done, start, claim.byte_end)
+                return
 
     @property
     def has_ids(self) -> bool:
@@ -268,17 +279,20 @@ class ParquetInput:
         self, table: parquet.Table, names: Sequence[str], limits: Limits, ranges: list[ChunkPlan]
     ) -> Iterator[bytes]:
         """The rows, range by range; `ranges` grows with them."""
-        each = each_range(self.order, limits, 1)
         at = row = 0
-        found = (_plain(batch) for batch in table.batches(names, each))
-        for batch in parquet.cut(found, each, limits.chunk_bytes):
+        block_rows = max(BLOCK_ROWS, 4 * self.order.max_rows)
+        found = (_plain(batch) for batch in table.batches(names, RANGE_ROWS))
+        for batch in parquet.cut(found, RANGE_ROWS, limits.chunk_bytes):
             for begin, count in self._wanted(row, batch.num_rows):
-                block = parquet.pack(batch.slice(begin - row, count), begin)
-                ranges.append(ChunkPlan(count, begin, at, at + len(block)))
-                at += len(block)
+                start = at
+                for first in range(begin, begin + count, block_rows):
+                    rows = min(block_rows, begin + count - first)
+                    block = parquet.pack(batch.slice(first - row, rows), first)
+                    at += len(block)
+                    yield block
                 if at > MOST_DECODED:
                     raise Unsupported(f"the rows take more than {MOST_DECODED} bytes, decoded")
-                yield block
+                ranges.append(ChunkPlan(count, begin, start, at))
             row += batch.num_rows
 
     def _wanted(self, first: int, count: int) -> list[tuple[int, int]]:
@@ -290,27 +304,54 @@ class ParquetInput:
         ]
         return [(begin, end - begin) for begin, end in cuts if begin < end]
 
-    def pieces(self, claim: Claim, each: int) -> list[ChunkPlan]:
-        return [
-            ChunkPlan(
-                min(each, claim.items - at), claim.first_line + at, claim.byte_start, claim.byte_end
-            )
-            for at in range(0, claim.items, each)
-        ]
+    def pieces(self, source: Source, whole: ChunkPlan, each: int) -> list[ChunkPlan]:
+        pieces: list[ChunkPlan] = []
+        for block in self._blocks(source, whole):
+            start, end = whole.byte_start + block.start, whole.byte_start + block.end
+            last = pieces[-1] if pieces else None
+            if last and last.items + block.rows <= each:
+                items = last.items + block.rows
+                pieces[-1] = ChunkPlan(items, last.first_line, last.byte_start, end)
+                continue
+            # A part of a block lies in the same bytes as all of it.
+            pieces += [
+                ChunkPlan(min(each, block.rows - at), block.first + at, start, end)
+                for at in range(0, block.rows, each)
+            ]
+        return pieces
 
-    def _batch(self, source: Source, part: Range) -> pa.RecordBatch:
+    def _blocks(self, source: Source, part: Range) -> Iterator[parquet.Block]:
+        """The rows of a range, as far as they are its own."""
         data = b"".join(source.blocks(part.byte_start, part.byte_end))
-        return parquet.unpack(data, part.first_line, part.items)
+        for block in parquet.blocks(data):
+            yield block.within(part.first_line, part.first_line + part.items)
 
     def read(
-        self, source: Source, claim: Claim, spec: ModelSpec, limits: Limits
+        self,
+        source: Source,
+        claim: Claim,
+        spec: ModelSpec,
+        limits: Limits,
+        enough: Callable[[], bool],
+    ) -> Iterator[Pack | Refused | ChunkPlan]:
+        left = claim.items
+        for block in self._blocks(source, claim):
+            yield from self._read_block(block, claim, spec, limits)
+            left -= block.rows
+            if left and enough():
+                start = claim.byte_start + block.end
+                yield ChunkPlan(left, block.first + block.rows, start, claim.byte_end)
+                return
+
+    def _read_block(
+        self, block: parquet.Block, claim: Claim, spec: ModelSpec, limits: Limits
     ) -> Iterator[Pack | Refused]:
-        batch = self._batch(source, claim)
+        batch = block.batch
         ids = batch.column(CUSTOM_ID) if self.has_ids else None
         wanted = [one for one in self.order.inputs if one.name in batch.schema.names]
         found = [columns.read(batch.column(one.name)) for one in wanted]
         for first, end, good in columns.runs(found):
-            members = Members(claim.first_line + first, end - first, _sliced(ids, first))
+            members = Members(block.first + first, end - first, _sliced(ids, first))
             if not good:
                 for at, member in enumerate(members, start=first):
                     bad = [w.name for w, one in zip(wanted, found, strict=True) if not one.good[at]]
@@ -332,7 +373,8 @@ class ParquetInput:
         return bool(self.layout[CUSTOM_ID])
 
     def ids(self, source: Source, part: Range) -> pa.Array:
-        return self._batch(source, part).column(CUSTOM_ID)
+        found = [block.batch.column(CUSTOM_ID) for block in self._blocks(source, part)]
+        return pa.concat_arrays(found)
 
 
 def _column(wanted: TensorSpec, rows: columns.Rows, first: int, end: int) -> Column:

@@ -8,7 +8,7 @@ Errors   {"id", "custom_id", "response": null, "error": {"code", "message", "row
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import orjson
@@ -56,13 +56,20 @@ class Arrays:
     def plan(self, source: Source, limits: Limits) -> Planned:
         return self.inputs.plan(source, limits)
 
-    def pieces(self, source: Source, claim: Claim, each: int, limits: Limits) -> list[ChunkPlan]:
-        return self.inputs.pieces(claim, each)
+    def pieces(
+        self, source: Source, whole: ChunkPlan, each: int, limits: Limits
+    ) -> list[ChunkPlan]:
+        return self.inputs.pieces(source, whole, each)
 
     def read(
-        self, source: Source, claim: Claim, spec: ModelSpec, limits: Limits
-    ) -> Iterator[Pack | Refused]:
-        return self.inputs.read(source, claim, spec, limits)
+        self,
+        source: Source,
+        claim: Claim,
+        spec: ModelSpec,
+        limits: Limits,
+        enough: Callable[[], bool],
+    ) -> Iterator[Pack | Refused | ChunkPlan]:
+        return self.inputs.read(source, claim, spec, limits, enough)
 
     def undone(
         self, source: Source, part: Range, limits: Limits, code: str, message: str

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 import secrets
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,6 +39,8 @@ from tasks.line_pattern import Alike, Bundle
 
 ENDPOINT = re.compile(r"/v2/models/([A-Za-z0-9._-]+)(?:/versions/([0-9]{1,18}))?/infer")
 MAX_CUSTOM_ID = 512
+ASK_EVERY = 16
+"""Lines between two looks at whether enough of a range has been read."""
 
 
 class BadLine(BadRequest):
@@ -240,23 +242,38 @@ class Lines:
         found = objects.lines(source.blocks(), limits.max_line_bytes)
         return Planned(plan_file(found, limits))
 
-    def pieces(self, source: Source, claim: Claim, each: int, limits: Limits) -> list[ChunkPlan]:
-        lines = list(_lines(source, claim, limits))
+    def pieces(
+        self, source: Source, whole: ChunkPlan, each: int, limits: Limits
+    ) -> list[ChunkPlan]:
+        lines = [(number, offset) for number, offset, _ in _lines(source, whole, limits)]
         plans: list[ChunkPlan] = []
         for at in range(0, len(lines), each):
             piece = lines[at : at + each]
-            numbers = [number for number, _, _ in piece]
-            end = lines[at + each][1] if at + each < len(lines) else claim.byte_end
-            duplicates = tuple(set(numbers).intersection(claim.duplicates))
+            numbers = [number for number, _ in piece]
+            end = lines[at + each][1] if at + each < len(lines) else whole.byte_end
+            duplicates = tuple(sorted(set(numbers).intersection(whole.duplicates)))
             plans.append(ChunkPlan(len(piece), numbers[0], piece[0][1], end, duplicates))
         return plans
 
     def read(
-        self, source: Source, claim: Claim, spec: ModelSpec, limits: Limits
-    ) -> Iterator[Pack | Refused]:
+        self,
+        source: Source,
+        claim: Claim,
+        spec: ModelSpec,
+        limits: Limits,
+        enough: Callable[[], bool],
+    ) -> Iterator[Pack | Refused | ChunkPlan]:
         reader = _Reader(claim, spec, limits)
-        for number, _, text in _lines(source, claim, limits):
+        left, stops = claim.items, False
+        for number, offset, text in _lines(source, claim, limits):
+            if stops:
+                yield from reader.rest()
+                later = tuple(one for one in claim.duplicates if one >= number)
+                yield ChunkPlan(left, number, offset, claim.byte_end, later)
+                return
+            left -= 1
             yield from reader.add(number, text)
+            stops = left % ASK_EVERY == 0 and enough()
         yield from reader.rest()
 
     def undone(

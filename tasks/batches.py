@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import uuid_utils.compat as uuids
 
 from errors import TidegateError
+from inference.client import Deadline
 from storage import objects
 from storage.files import FileRow
 from storage.lifecycle import ChunkKind, ChunkState
-from storage.work import ChunkOutput, Claim, Done
+from storage.work import ChunkOutput, ChunkPlan, Claim, Done
 from tasks import attempts, pipeline
 from tasks.batch_lines import Lines
 from tasks.bootstrap import Services, WorkerServices
@@ -92,6 +93,12 @@ def _plan(services: Services, held: Held) -> None:
 
 PIECES = 256
 """Most chunks that one is split into: of up to as many lines, each becomes one."""
+TARGET = 2.0
+"""Seconds after which an attempt reads no more: it commits what it has run, and leaves the rest. So
+long a claim lasts, whatever the model's speed, and no more than that is lost with a worker or given
+up with its batch."""
+BUSY = 256
+"""Open chunks of a batch that are enough for any number of workers: it is not cut finer then."""
 
 
 def _run_range(services: WorkerServices, held: Held) -> None:
@@ -101,16 +108,21 @@ def _run_range(services: WorkerServices, held: Held) -> None:
     if claim.last and claim.items > 1 and claim.attempts > 1:
         # Whatever makes it fail, or its worker, is in one of its items.
         each = math.ceil(claim.items / PIECES)
-        services.chunks.split(claim, format_.pieces(source, claim, each, limits))
+        services.chunks.split(claim, format_.pieces(source, _plan_of(claim), each, limits))
         return
     spec = services.models.spec(claim.model, claim.version)
     writer = format_.writer(claim, spec)
     errors = _Errors(claim, format_)
 
+    rest: list[ChunkPlan] = []
+    target = Deadline.after(TARGET)
+
     def packs() -> Iterator[Pack]:
-        for found in format_.read(source, claim, spec, limits):
+        for found in format_.read(source, claim, spec, limits, target.expired):
             if isinstance(found, Pack):
                 yield found
+            elif isinstance(found, ChunkPlan):
+                rest.append(found)
             else:
                 errors.refused(found)
                 writer.missing(Member(found.number, found.custom_id))
@@ -126,6 +138,10 @@ def _run_range(services: WorkerServices, held: Held) -> None:
             errors.failed(member, error)
             writer.missing(member)
         answered += len(pack.members) - len(unanswered)
+    if rest and claim.open_chunks < BUSY:
+        # As many as were run in this time, for whoever is free.
+        each = max(answered + errors.count, math.ceil(rest[0].items / PIECES))
+        rest = format_.pieces(source, rest[0], each, limits)
     services.chunks.commit(
         [
             Done(
@@ -134,8 +150,15 @@ def _run_range(services: WorkerServices, held: Held) -> None:
                 items_failed=errors.count,
                 output_key=_store(services, claim, f"output.{format_.suffix}", writer.close()),
                 error_key=_store(services, claim, "errors.jsonl", errors.close()),
+                rest=tuple(rest),
             )
         ]
+    )
+
+
+def _plan_of(claim: Claim) -> ChunkPlan:
+    return ChunkPlan(
+        claim.items, claim.first_line, claim.byte_start, claim.byte_end, claim.duplicates
     )
 
 

@@ -33,10 +33,6 @@ def run_chunks(ids: list[int], alone: bool = False) -> None:
         if not claims:
             log.info("nothing to claim", action="chunks.none", chunks=len(ids))
             return
-        settings = services.settings
-        if sum(claim.items for claim in claims) * settings.batch_slots > settings.pump_credit:
-            # So few chunks of this size may wait in the broker that another slot finds none there.
-            services.pump.kick(services.group)
         limit = services.settings.attempt_timeout + GRACE
         with (
             services.watchdog.watching(messages.CHUNKS, limit),

@@ -76,6 +76,10 @@ class Pack:
     rows: int
     """All of them together."""
 
+    @property
+    def items(self) -> int:
+        return len(self.members)
+
     def shares(self, result: InferResult) -> list[InferResult]:
         """The answer's part of each member. Raises `UnsplittableError`."""
         if len(self.members) == 1:
@@ -186,14 +190,23 @@ class Format(Protocol):
     def plan(self, source: Source, limits: Limits) -> Planned:
         """Cut the file into ranges. Raises `FileErrors`."""
 
-    def pieces(self, source: Source, claim: Claim, each: int, limits: Limits) -> list[ChunkPlan]:
+    def pieces(
+        self, source: Source, whole: ChunkPlan, each: int, limits: Limits
+    ) -> list[ChunkPlan]:
         """A range again, as ranges of `each` items."""
 
     def read(
-        self, source: Source, claim: Claim, spec: ModelSpec, limits: Limits
-    ) -> Iterator[Pack | Refused]:
+        self,
+        source: Source,
+        claim: Claim,
+        spec: ModelSpec,
+        limits: Limits,
+        enough: Callable[[], bool],
+    ) -> Iterator[Pack | Refused | ChunkPlan]:
         """Every item of a range once: in packs of up to `max_batch_size` rows and `pack_bytes`
-        bytes, of which only those not yet full are kept; or refused."""
+        bytes, of which only those not yet full are kept; or refused. Once it is `enough`, which is
+        asked now and then, what has been read is handed out, and then, as the last, what has not:
+        at least one item has been read by then."""
 
     def undone(
         self, source: Source, part: Range, limits: Limits, code: str, message: str

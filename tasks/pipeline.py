@@ -17,10 +17,13 @@ from tasks.formats import Pack
 from tasks.leases import Held
 
 AHEAD = 4
-"""Packs under way at a time, and so in memory: enough to keep the model busy while one is read and
-one is written."""
+"""Most packs under way at a time, and so in memory: enough to keep the model busy while one is read
+and one is written."""
 AHEAD_ALONE = 32
 """The same of a model that takes one item at a time."""
+FIRST = 2
+"""Packs under way until the first is answered, and one more with each: of a slow model, not much is
+under way when its time is up."""
 
 
 class Answered(NamedTuple):
@@ -53,13 +56,15 @@ def run(
         for single, waits in [(single, start(single)) for single in pack.alone()]:
             yield Answered(single, _judged(services, held, single, waits()))
 
+    now = FIRST
     try:
         for pack in packs:
             if not waiting:
                 attempts.allow(services, [held], pack.request.model)
             waiting.append((pack, start(pack)))
-            if len(waiting) >= ahead:
+            if len(waiting) >= now:
                 yield from receive()
+                now = min(now + 1, ahead)
         while waiting:
             yield from receive()
     finally:

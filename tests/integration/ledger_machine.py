@@ -41,6 +41,7 @@ GHOSTS = 8
 picks = st.sampled_from(range(24))
 workers = st.sampled_from(WORKERS)
 deadlines = st.sampled_from((LONG, LONG, SHORT))
+GHOSTLY = ("commit", "renew", "give back", "split", "stop early")
 sizes = st.lists(st.sampled_from(range(1, 7)), max_size=4)
 
 _CLEAR = (
@@ -184,6 +185,14 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.oracle.split(hold, size)
 
     @precondition(lambda self: self._open())
+    @rule(pick=picks, items=st.sampled_from((1, 2, 4)), size=st.sampled_from((1, 2)))
+    def stop_early(self, pick: int, items: int, size: int) -> None:
+        """A worker commits the first items of a chunk, and leaves the others."""
+        for hold in self._let_go(pick, 1):
+            if _of_lines(hold):
+                self.oracle.stop_early(hold, min(items, hold.claim.items), size)
+
+    @precondition(lambda self: self._open())
     @rule(pick=picks)
     def renew(self, pick: int) -> None:
         self.oracle.renew(self.hands[self._holder(pick)])
@@ -194,7 +203,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.hands[self._holder(pick)].clear()
 
     @precondition(lambda self: self.ghosts)
-    @rule(pick=picks, what=st.sampled_from(("commit", "renew", "give back", "split")), cut=sizes)
+    @rule(pick=picks, what=st.sampled_from(GHOSTLY), cut=sizes)
     def haunt(self, pick: int, what: str, cut: list[int]) -> None:
         """Act once more on a claim that was finished with."""
         hold = self.ghosts[pick % len(self.ghosts)]
@@ -204,6 +213,8 @@ class LedgerMachine(RuleBasedStateMachine):
             self.oracle.renew([hold])
         elif what == "give back":
             self.oracle.retry(hold, Overran("again"), 0)
+        elif _of_lines(hold) and what == "stop early":
+            self.oracle.stop_early(hold, 1, 1)
         elif _of_lines(hold):
             self.oracle.split(hold, 1)
 

@@ -374,6 +374,28 @@ class Oracle:
             self._read()
             self._committed({item.claim.id: item for item in done}, current, acknowledged)
 
+    def stop_early(self, hold: Hold, items: int, size: int) -> None:
+        """Commit so many items of a batch's chunk, and leave the others as chunks of that size."""
+        claim, current = hold.claim, self._current(hold)
+        middle, end = claim.first_line + items, claim.first_line + claim.items
+        sizes = [min(size, end - line) for line in range(middle, end, size)]
+        rest = tuple(_plans(middle, sizes))
+        done = Done(claim, items, 0, output_key=claim.key("output"), rest=rest)
+        before = len(self.chunk_rows)
+        with self._move():
+            acknowledged = self.ledger.chunks.commit([done])
+            self._read()
+            self._committed({claim.id: done}, {claim.id} if current else set(), acknowledged)
+            made = len(self.chunk_rows) - before
+            # The last item of a batch brings its finalizer.
+            self._expect(
+                made == (len(rest) if current else 0) or not rest,
+                "left other chunks than were asked for",
+            )
+            if current and rest:
+                row = self.chunk_rows[claim.id]
+                self._expect(row.items == items, "a chunk kept more items than were run")
+
     def _outcome(self, hold: Hold, fail: bool) -> Done:
         claim = hold.claim
         if claim.job_kind is JobKind.BATCH:

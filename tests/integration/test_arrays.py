@@ -24,7 +24,7 @@ from inference.tensors import InferRequest, Tensor, bytes_elements, pack_bytes
 from storage.dead_letters import LetterFilter
 from storage.files import FileRow, file_key
 from storage.work import Hint, NewBatch, NewJob
-from tasks import array_order, bootstrap
+from tasks import array_inputs, array_order, batches, bootstrap
 from tasks.bootstrap import WorkerServices, build_worker_services
 from tasks.chunks import run_chunks
 from tasks.pump import Pump
@@ -446,6 +446,35 @@ def test_what_is_staged_is_garbage_once_the_batch_has_ended(worker: Worker) -> N
     assert worker.services.retention.unreferenced([key]) == []
     worker.work()
     assert worker.services.retention.unreferenced([key]) == [key]
+
+
+@pytest.mark.parametrize("source", ["npy", "parquet"])
+@pytest.mark.parametrize("model", ["table", "single"])
+def test_an_attempt_whose_time_is_up_leaves_the_rest_of_its_rows(
+    worker: Worker, source: str, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "TARGET", 0.0)
+    monkeypatch.setattr(array_inputs, "BLOCK_ROWS", 2)
+    a = pairs(33) if model == "table" else np.arange(99, dtype="<i4").reshape(33, 3)
+    name, chosen = ("A", "TWICE") if model == "table" else ("X", "Y")
+    ids = [f"id-{n}" for n in range(33)]
+    data = saved(a) if source == "npy" else written({name: list(a), "custom_id": ids})
+    job = worker.submit(model, data, output_names=[chosen], output="parquet")
+    worker.work()
+    assert worker.counts(job) == ("succeeded", 33, 33, 0)
+    found = worker.parquet(job)
+    assert found[chosen].to_pylist() == (2 * a).tolist()
+    assert found["row"].to_pylist() == list(range(33))
+    if source == "parquet":
+        assert found["custom_id"].to_pylist() == ids
+    rows = worker.sql(
+        f"SELECT first_line, item_count FROM chunks WHERE job_id = '{job}' AND kind = 'infer'"
+        " ORDER BY first_line"
+    )
+    ends = [first + items for first, items in rows]
+    assert [first for first, _ in rows] == [0, *ends[:-1]]
+    most = 16 if (source, model) == ("parquet", "table") else 4
+    assert max(items for _, items in rows) <= max(most, 2)
 
 
 # Files that are no good

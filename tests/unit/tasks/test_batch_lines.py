@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from errors import BadRequest
 from inference.tensors import InferResult, Tensor
 from tasks import batch_lines
-from tasks.batch_lines import BadLine, FileErrors, Limits, parse_line, plan_file
+from tasks.batch_lines import BadLine, parse_line, plan_file
+from tasks.formats import FileErrors, Limits
 
 ENDPOINT = "/v2/models/identity/infer"
 LIMITS = Limits(chunk_items=3, chunk_bytes=10_000, max_lines=100, max_line_bytes=1000)

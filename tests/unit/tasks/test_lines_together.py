@@ -22,7 +22,7 @@ from storage.objects import DirectoryStore
 from storage.work import Claim
 from tasks import batch_lines
 from tasks.batch_lines import BadLine, Lines, LineWriter, request_id
-from tasks.formats import Limits, Pack, Refused, Source
+from tasks.formats import Limits, Member, Pack, Refused, Source
 
 ENDPOINT = "/v2/models/m/infer"
 LIMITS = Limits(
@@ -114,10 +114,10 @@ def together(
 ) -> tuple[list[bytes], list[Refused], list[Pack]]:
     writer = LineWriter(claim)
     refused, packs = [], []
-    for found in Lines().read(source, claim, spec, LIMITS):
+    for found in Lines().read(source, claim, spec, LIMITS, lambda: False):
         if isinstance(found, Refused):
             refused.append(found)
-        else:
+        elif isinstance(found, Pack):
             packs.append(found)
             assert not writer.answered(found, answer(found.request))
     return list(writer.close()), sorted(refused, key=lambda one: one.number), packs
@@ -270,7 +270,7 @@ def test_an_answer_without_form_in_json_is_named_and_its_neighbours_are_kept(
     store: DirectoryStore,
 ) -> None:
     request = InferRequest("m", "", (Tensor("F", "FP32", (2, 1), bytes(8)),))
-    members = (batch_lines.Member(1, "a"), batch_lines.Member(2, "b"))
+    members = (Member(1, "a"), Member(2, "b"))
     bad = b"\x02\0\0\0\xff\xfe\x04\0\0\0fine"
     result = InferResult("m", "1", (Tensor("T", "BYTES", (2, 1), bad),))
     writer = LineWriter(claim_of(b"", ()))
