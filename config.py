@@ -188,6 +188,12 @@ class Settings:
     """Messages in flight per gateway process and model before requests gather in the next one."""
     coalesce_items: int = 64
     """Most requests in one message."""
+    metrics_bind: str = ""
+    """`host:port` where a gateway shows `/metrics`, out of tenants' reach. Empty: nowhere."""
+    cache_bytes: int = 64 * MIB
+    """Most bytes of answers that one gateway process keeps, of models that are marked for it."""
+    cache_redis_bytes: int = 64 * MIB
+    """Most bytes of answers that all gateways together keep in Redis."""
     catalog_ttl: float = 5.0
     """How long a gateway trusts what a worker said about a model."""
     key_ttl: float = 15.0
@@ -206,6 +212,10 @@ class Settings:
                     "TIDEGATE_LEASE: at least two sweep intervals, or live work is swept",
                 ),
                 (bool(objects), objects),
+                (
+                    not re.fullmatch(r"|.+:[0-9]{1,5}", self.metrics_bind),
+                    "TIDEGATE_METRICS_BIND: host:port",
+                ),
                 (
                     self.max_batch_lines > 400_000 * self.chunk_items,
                     "TIDEGATE_CHUNK_ITEMS: at least TIDEGATE_MAX_BATCH_LINES / 400000, or a batch"
@@ -244,6 +254,11 @@ class Settings:
     @property
     def broker(self) -> str:
         return self.broker_url or self.redis_url
+
+    @property
+    def metrics_port(self) -> int:
+        """0: there is none."""
+        return int(self.metrics_bind.rpartition(":")[2] or 0)
 
     def triton_address(self, gpu: str) -> str:
         """The Triton of one GPU: `127.0.0.1:80{gpu}1` on GPU 2 is `127.0.0.1:8021`."""

@@ -6,12 +6,24 @@ it is as strict as Triton's own. One difference, on the safe side: BYTES data is
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
+
+import orjson
+import structlog
 
 from errors import BadTensor, Unsupported
 from inference.tensors import InferRequest, Tensor, check_raw, check_shape
+
+log = structlog.get_logger(__name__)
+
+CACHE: Final = "tidegate.cache"
+"""The parameter in a model's config.pbtxt by which it says that its answers may be given again."""
+MAX_CACHE_TTL: Final = 24 * 3600.0
+_TTL = re.compile(r"\s*ttl\s*=\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +51,10 @@ class ModelSpec:
     """The model keeps state between requests (`sequence_batching`)."""
     decoupled: bool = False
     """The model answers a request any number of times; not served by a single call."""
+    cache_ttl: float = 0.0
+    """Seconds for which an answer may be given again to the same request; 0: each is run."""
+    revision: str = ""
+    """Another one for another configuration. Known where `cache_ttl` is not 0."""
 
     @classmethod
     def parse(cls, metadata: Mapping[str, Any], config: Mapping[str, Any]) -> ModelSpec:
@@ -51,6 +67,8 @@ class ModelSpec:
             entry["name"] for entry in config.get("input", ()) if entry.get("optional", False)
         }
         policy = config.get("model_transaction_policy") or {}
+        sequence, decoupled = "sequence_batching" in config, bool(policy.get("decoupled", False))
+        ttl = 0.0 if sequence or decoupled else _cache_ttl(metadata["name"], config)
         return cls(
             name=metadata["name"],
             version=max(metadata.get("versions", ()), key=_version_order, default=""),
@@ -58,9 +76,31 @@ class ModelSpec:
             inputs=_specs(metadata.get("inputs", ()), optional),
             outputs=_specs(metadata.get("outputs", ()), frozenset()),
             max_batch_size=int(config.get("max_batch_size", 0)),
-            sequence="sequence_batching" in config,
-            decoupled=bool(policy.get("decoupled", False)),
+            sequence=sequence,
+            decoupled=decoupled,
+            cache_ttl=ttl,
+            revision=_revision(config) if ttl else "",
         )
+
+
+def _cache_ttl(model: str, config: Mapping[str, Any]) -> float:
+    """What the model says of its answers. A mark that can't be read is none: the model is served,
+    and its operator hears of it."""
+    marked = (config.get("parameters") or {}).get(CACHE)
+    if not marked:
+        return 0.0
+    text = str(marked.get("string_value", "")) if isinstance(marked, Mapping) else str(marked)
+    found = _TTL.fullmatch(text)
+    if found is None or float(found[1]) > MAX_CACHE_TTL:
+        log.warning("mark not read", action="cache.unmarked", model=model, value=text[:80])
+        return 0.0
+    return float(found[1])
+
+
+def _revision(config: Mapping[str, Any]) -> str:
+    # Where its instances run differs between the Tritons of one group; what they are does not.
+    what = {name: value for name, value in config.items() if name != "instance_group"}
+    return hashlib.sha256(orjson.dumps(what, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
 def check(request: InferRequest, spec: ModelSpec) -> None:

@@ -20,6 +20,8 @@ from typing import BinaryIO, Protocol
 
 from config import Bucket, parse_objects
 from errors import Gone, Unavailable
+from storage import time_limit
+from storage.time_limit import Limit
 
 BLOCK = 1 << 20
 RESUMES = 5
@@ -47,7 +49,9 @@ class Stored:
 
 class ObjectStore(Protocol):
     """Safe to share between threads. Every method raises `Unavailable` where the store fails, and
-    none waits for it without end."""
+    none waits for it without end; `DeadlineExceeded` where the time that `time_limit.within` gives
+    it is over, before or in the middle. A put that fails in either way has stored all or nothing:
+    the answer may be what was lost."""
 
     @property
     def cooperative(self) -> bool:
@@ -95,7 +99,8 @@ def open_store(url: str) -> ObjectStore:
 
 
 class DirectoryStore:
-    """Objects as files below one folder."""
+    """Objects as files below one folder. No call to a disk can be given up: time is looked at
+    before each, and between the blocks of an object."""
 
     cooperative = False
 
@@ -113,6 +118,8 @@ class DirectoryStore:
 
     def put(self, key: str, data: bytes | Iterable[bytes]) -> int:
         path = self._path(key)
+        limit = time_limit.current()
+        limit.left()
         part = self._parts / secrets.token_hex(16)
         written = 0
         try:
@@ -121,6 +128,7 @@ class DirectoryStore:
             with file:
                 # Where the bytes come from may fail, too: that is not the store's failure.
                 for block in (data,) if isinstance(data, bytes) else data:
+                    limit.left()
                     with _translated("write"):
                         written += file.write(block)
                 with _translated("write"):
@@ -137,19 +145,24 @@ class DirectoryStore:
         return b"".join(self.stream(key))
 
     def stream(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        path, limit = self._path(key), time_limit.current()
+        limit.left()
         with _translated("read"), _gone():
-            file = self._path(key).open("rb")
-        return _blocks(file, start, end)
+            file = path.open("rb")
+        return _blocks(file, start, end, limit)
 
     def size(self, key: str) -> int:
+        path = self._path(key)
+        time_limit.current().left()
         with _translated("read"), _gone():
-            status = self._path(key).stat()
+            status = path.stat()
             if S_ISDIR(status.st_mode):
                 raise IsADirectoryError
             return status.st_size
 
     def delete(self, key: str) -> None:
         path = self._path(key)
+        time_limit.current().left()
         with _translated("delete"), suppress(*_NOTHING_THERE):
             path.unlink()
         # Folders are no objects: those that hold nothing any more would pile up.
@@ -164,6 +177,7 @@ class DirectoryStore:
             yield from self._walk("", prefix, after)
 
     def _walk(self, folder: str, prefix: str, after: str) -> Iterator[Stored]:
+        time_limit.current().left()
         try:
             with os.scandir(self._root / folder) as found:
                 # A folder stands where its keys do: `a-b` comes before `a/b`, and both before `a0`.
@@ -240,11 +254,12 @@ def _gone() -> Iterator[None]:
         raise Gone("the object is no longer kept") from None
 
 
-def _blocks(file: BinaryIO, start: int, end: int | None) -> Iterator[bytes]:
+def _blocks(file: BinaryIO, start: int, end: int | None, limit: Limit) -> Iterator[bytes]:
     with file:
         file.seek(start)
         left = end - start if end is not None else None
         while left is None or left > 0:
+            limit.left()
             with _translated("read"):
                 block = file.read(BLOCK if left is None else min(BLOCK, left))
             if not block:
@@ -271,7 +286,7 @@ def steadily(
             stumbled += 1
             if stumbled > RESUMES:
                 raise
-            time.sleep(PAUSE * 2**stumbled)
+            time.sleep(min(PAUSE * 2**stumbled, time_limit.current().left()))
 
 
 def lines(blocks: Iterable[bytes], limit: int) -> Iterator[tuple[int, bytes]]:

@@ -6,6 +6,9 @@
 | `{ns}:running:{message}` | the GPU worker that runs it | soon after the worker fell silent |
 | `{ns}:reply:{gateway}` | list of replies for one gateway process | a minute after the last one |
 | `{ns}:workers:{group}` | sorted set: GPU worker → end of its presence, Redis time | by score |
+| `{ns}:answer:{key}` | an answer that may be given again | its model's TTL, or to make room |
+| `{ns}:answers` | sorted set: key of an answer → its end, ms of Redis time | with the last |
+| `{ns}:answers:sizes` | hash: key of an answer → its bytes; "" → their sum | with the last |
 
 A message's deadline is its blob's TTL, so Redis's clock is the only one that judges it. A message
 that has neither a blob nor a worker is lost, or was claimed or answered a moment ago.
@@ -36,6 +39,46 @@ redis.call('EXPIRE', KEYS[1], 120)
 _ALIVE = """
 local now = redis.call('TIME')
 return redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. now[1], '+inf')
+"""
+ANSWER_OVERHEAD = 512
+"""Bytes an answer takes besides its own, in its name and in what is known of it."""
+# Redis holds the messages, too, and evicts nothing: what is kept here makes room for itself. Those
+# that end soonest go first, so many at a time that nobody else waits for long.
+_KEEP_ANSWER = """
+local now = redis.call('TIME')
+now = now[1] * 1000 + math.floor(now[2] / 1000)
+local index, sizes, prefix, name = KEYS[1], KEYS[2], ARGV[1], ARGV[2]
+local data, ttl, most = ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
+local size = #data + tonumber(ARGV[6])
+local function drop(gone)
+  redis.call('DEL', prefix .. gone)
+  redis.call('ZREM', index, gone)
+  local had = redis.call('HGET', sizes, gone)
+  if had then
+    redis.call('HDEL', sizes, gone)
+    redis.call('HINCRBY', sizes, '', -had)
+  end
+end
+local function full()
+  return tonumber(redis.call('HGET', sizes, '') or 0) + size > most
+end
+drop(name)
+for _, gone in ipairs(redis.call('ZRANGEBYSCORE', index, '-inf', now, 'LIMIT', 0, 256)) do
+  drop(gone)
+end
+for _, gone in ipairs(redis.call('ZRANGE', index, 0, 255)) do
+  if not full() then break end
+  drop(gone)
+end
+if full() then return 0 end
+redis.call('SET', prefix .. name, data, 'PX', ttl)
+redis.call('ZADD', index, now + ttl, name)
+redis.call('HSET', sizes, name, size)
+redis.call('HINCRBY', sizes, '', size)
+for _, key in ipairs(KEYS) do
+  if redis.call('PTTL', key) < ttl then redis.call('PEXPIRE', key, ttl) end
+end
+return 1
 """
 
 
@@ -75,6 +118,7 @@ class RedisState:
         )
         self._present = self._redis.register_script(_PRESENT)
         self._alive = self._redis.register_script(_ALIVE)
+        self._keep_answer = self._redis.register_script(_KEEP_ANSWER)
 
     def _key(self, *parts: str) -> str:
         return ":".join((self._namespace, *parts))
@@ -150,6 +194,37 @@ class RedisState:
         """The GPU workers of a group that are there now."""
         with _translated():
             return [name.decode() for name in self._alive(keys=[self._key("workers", group)])]
+
+    def answers(self, keys: Sequence[bytes]) -> list[Blob | None]:
+        """The answers kept under these keys; `remaining` is how long each may still be given."""
+        with _translated():
+            pipe = self._redis.pipeline(transaction=True)
+            for key in keys:
+                name = self._key("answer", key.hex())
+                pipe.pttl(name)
+                pipe.get(name)
+            found = pipe.execute()
+        return [
+            Blob(data, milliseconds / 1000) if data is not None and milliseconds > 0 else None
+            for milliseconds, data in zip(found[::2], found[1::2], strict=True)
+        ]
+
+    def keep_answer(self, key: bytes, data: bytes, ttl: float, most: int) -> bool:
+        """Keep an answer for `ttl` seconds, all answers together within `most` bytes. False where
+        there was no room."""
+        with _translated():
+            kept = self._keep_answer(
+                keys=[self._key("answers"), self._key("answers", "sizes")],
+                args=[
+                    self._key("answer", ""),
+                    key.hex(),
+                    data,
+                    max(1, int(ttl * 1000)),
+                    most,
+                    ANSWER_OVERHEAD,
+                ],
+            )
+        return bool(kept)
 
     def ping(self) -> None:
         with _translated():

@@ -6,6 +6,9 @@ list, delete, and to abort an upload.
 
 from __future__ import annotations
 
+import http.client
+import io
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
@@ -15,17 +18,24 @@ from xml.etree.ElementTree import ParseError
 import urllib3
 from minio import Minio
 from minio.error import MinioException, S3Error
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError
 
 from config import Bucket
 from errors import Gone, Unavailable
+from storage import time_limit
 from storage.objects import BLOCK, Stored, check_key
+from storage.time_limit import Limit
 
 PART = 8 << 20
 """Bytes of one part of an upload, and the most of it that is in memory: 80 GB in 10,000 parts."""
 CONNECT_TIMEOUT = 3.0
 READ_TIMEOUT = 20.0
-"""Seconds a server may be silent. Together with the retries: a call ends within about a minute."""
+"""Seconds a server may be silent, or take nothing. Together with the retries: a call that gets
+nowhere ends within about a minute, and by its `time_limit` if that is sooner."""
+SLICE = 1 << 18
+"""Bytes that a server has to take in that time, and between two looks at the limit."""
 PING_TIMEOUT = 2.0
 SLOWEST_PUT = timedelta(days=1)
 """S3 dates an upload by its first moment and says nothing of later ones. None takes this long."""
@@ -176,10 +186,10 @@ def _client(bucket: Bucket, connect: float, read: float, *, retries: int) -> Min
         secure=bucket.secure,
         # Else every process asks for it first.
         region=bucket.region,
-        http_client=urllib3.PoolManager(
+        http_client=_Pools(
             timeout=urllib3.Timeout(connect=connect, read=read),
             maxsize=CONNECTIONS,
-            retries=urllib3.Retry(
+            retries=_Retry(
                 total=retries,
                 backoff_factor=0.2,
                 backoff_jitter=0.2,
@@ -193,6 +203,97 @@ def _client(bucket: Bucket, connect: float, read: float, *, retries: int) -> Min
             ),
         ),
     )
+
+
+@contextmanager
+def _waiting(sock: socket.socket, most: float | None, limit: Limit) -> Iterator[None]:
+    """The socket waits for `most` seconds, or for what is left where that is less."""
+    left = limit.left()
+    hasty = most is None or left < most
+    sock.settimeout(left if hasty else most)
+    try:
+        yield
+    except TimeoutError:
+        if hasty:
+            raise time_limit.over() from None
+        raise
+
+
+class _Reads(io.RawIOBase):
+    """What comes in on a connection. A timeout of the socket's is for one read, and begins again
+    with every byte that trickles in; the limit is for all of them."""
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket):
+        self._raw = raw
+        self._sock = sock
+        self._most = sock.gettimeout()
+        self._limit = time_limit.current()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        with _waiting(self._sock, self._most, self._limit):
+            return cast("int | None", self._raw.readinto(buffer))
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any):
+        super().__init__(sock, *args, **kwargs)
+        plain: Any = self.fp
+        self.fp = io.BufferedReader(_Reads(plain.detach(), sock))
+
+
+class _Connection(HTTPConnection):
+    """A connection on which nothing takes longer than the limit of whoever uses it, whatever the
+    server does. Only names are looked up as the resolver sees fit."""
+
+    response_class = _Response
+
+    def _new_conn(self) -> socket.socket:
+        limit = time_limit.current()
+        self.timeout = min(cast("float", self.timeout), limit.left())
+        made = super()._new_conn()
+        # For what follows before the first byte of ours: a handshake.
+        made.settimeout(min(self.timeout, limit.left()))
+        return made
+
+    def send(self, data: Any) -> None:
+        if self.sock is None:
+            self.connect()
+        whole = memoryview(data)
+        for at in range(0, len(whole), SLICE):
+            with _waiting(self.sock, READ_TIMEOUT, time_limit.current()):
+                super().send(whole[at : at + SLICE])
+
+
+class _SecureConnection(_Connection, HTTPSConnection):
+    pass
+
+
+class _Pool(HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _SecurePool(HTTPSConnectionPool):
+    ConnectionCls = _SecureConnection
+
+
+class _Pools(urllib3.PoolManager):
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.pool_classes_by_scheme = {"http": _Pool, "https": _SecurePool}
+
+
+class _Retry(urllib3.Retry):
+    """No pause goes beyond the limit, and nothing is tried again after it."""
+
+    def get_backoff_time(self) -> float:
+        return min(super().get_backoff_time(), time_limit.current().left())
 
 
 def _cut(data: bytes) -> Iterator[bytes]:

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from errors import Cancelled, DeadlineExceeded, Retry, TidegateError, Unavailable
+from inference.client import Deadline
 from inference.tensors import InferRequest, InferResult
+from storage import time_limit
 from storage.work import Claim
 from tasks.bootstrap import Services, WorkerServices
 from tasks.leases import Held
@@ -22,9 +24,11 @@ Where something is away, soon enough to notice its return; the retry budget spar
 
 
 def guarded(services: Services, held: Sequence[Held], run: Callable[[], object]) -> None:
-    """Run; give the chunks back where it can't be finished."""
+    """Run; give the chunks back where it can't be finished. The object store is waited for as long
+    as one of them has time."""
     try:
-        run()
+        with time_limit.within(until(held).remaining()):
+            run()
     except TidegateError as error:
         _settle(services, held, error)
     except Exception:
@@ -32,9 +36,23 @@ def guarded(services: Services, held: Sequence[Held], run: Callable[[], object])
         _settle(services, held, TidegateError("the worker failed; its log says why"))
 
 
+def until(held: Sequence[Held]) -> Deadline:
+    """When the time of all of these is over."""
+    return max((one.until for one in held), key=lambda deadline: deadline.at)
+
+
+def blame(one: Held, error: TidegateError) -> TidegateError:
+    """What an error of anything but the model, whose own `infer` has judged, means for a chunk."""
+    late = one.limit.expired() and not one.deadline.expired()
+    if isinstance(error, DeadlineExceeded) and late:
+        # The attempt's time, not the job's. No fault of what it ran: it costs no attempt.
+        return Unavailable("the object store took all of the attempt's time", retry_after=1)
+    return one.blame(error)
+
+
 def _settle(services: Services, held: Sequence[Held], error: TidegateError) -> None:
     for one in held:
-        give_back(services, [one.claim], one.blame(error))
+        give_back(services, [one.claim], blame(one, error))
 
 
 def give_back(services: Services, claims: Sequence[Claim], error: TidegateError) -> None:
@@ -74,8 +92,7 @@ def infer(
         return []
     model = requests[0].model
     allow(services, held, model)
-    until = max((one.until for one in held), key=lambda deadline: deadline.at)
-    outcomes = services.server.infer_many(requests, until, [one.token for one in held])
+    outcomes = services.server.infer_many(requests, until(held), [one.token for one in held])
     away = any(isinstance(outcome, Unavailable) for outcome in outcomes)
     services.budget.record(model, away=away)
     return [

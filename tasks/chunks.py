@@ -12,6 +12,7 @@ from celery import shared_task
 from errors import Cancelled, Retry, TidegateError, Unavailable
 from inference import frames
 from inference.tensors import InferRequest, InferResult
+from storage import time_limit
 from storage.lifecycle import JobKind
 from storage.work import Claim, Done
 from tasks import attempts, batches, messages
@@ -66,9 +67,10 @@ def _run_singles(services: WorkerServices, held: Sequence[Held]) -> None:
     done: list[Done] = []
     for one in held:
         try:
-            ready.append((one, _single_request(services, one.claim)))
+            with time_limit.within(one.until.remaining()):
+                ready.append((one, _single_request(services, one.claim)))
         except TidegateError as error:
-            _settle(services, one.claim, error, done)
+            _settle(services, one.claim, attempts.blame(one, error), done)
     outcomes = attempts.infer(
         services, [one for one, _ in ready], [request for _, request in ready]
     )
@@ -76,9 +78,10 @@ def _run_singles(services: WorkerServices, held: Sequence[Held]) -> None:
         try:
             if isinstance(outcome, TidegateError):
                 raise outcome
-            done.append(_keep(services, one.claim, outcome))
+            with time_limit.within(one.until.remaining()):
+                done.append(_keep(services, one.claim, outcome))
         except TidegateError as error:
-            _settle(services, one.claim, error, done)
+            _settle(services, one.claim, attempts.blame(one, error), done)
     try:
         services.chunks.commit(done)
     except Unavailable:

@@ -43,7 +43,8 @@ def create_app(settings: Settings | None = None, services: Services | None = Non
             "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
         },
     )
-    app.extensions["tidegate"] = Gateway.build(services or build_services(settings))
+    found = app.extensions["tidegate"] = Gateway.build(services or build_services(settings))
+    found.metrics.install(app)
     app.before_request(_begin)
     app.before_request(refuse_nul)
     app.after_request(_end)

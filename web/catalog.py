@@ -51,18 +51,10 @@ class Catalog:
     def get(self, model: str, version: str = "", *, timeout: float = 5.0) -> Entry:
         """Raises `ModelNotFound`, `ModelNotReady`, and `Unavailable` without an answer within
         `timeout` seconds."""
-        name = (model, version)
-        with self._lock:
-            known = self._known.get(name)
-            age = self._clock() - known[0] if known else 0.0
-            if known and age <= self._ttl:
-                return known[1]
-            asking = self._asking.get(name)
-            if asking is None:
-                asking = self._asking[name] = Future()
-                threading.Thread(
-                    target=self._ask, args=(name, asking), name="catalog", daemon=True
-                ).start()
+        known, age, asking = self._look((model, version), self._ttl)
+        if known and asking is None:
+            return known[1]
+        assert asking is not None
         if known and age <= self._ttl * STALE_FACTOR:
             return known[1]
         try:
@@ -75,6 +67,36 @@ class Catalog:
             if isinstance(error, Unavailable):
                 raise
             raise Unavailable("no GPU worker answered in time", retry_after=1) from None
+
+    def current(self, model: str, version: str = "", *, timeout: float = 5.0) -> Entry:
+        """As `get`, for those to whom an old entry is worth nothing: they wait for the new one.
+        It is asked for early, so that they seldom do."""
+        known, age, asking = self._look((model, version), self._ttl / 2)
+        if known and age <= self._ttl:
+            return known[1]
+        assert asking is not None
+        try:
+            return asking.result(timeout)
+        except FutureTimeout:
+            raise Unavailable("no GPU worker answered in time", retry_after=1) from None
+
+    def _look(
+        self, name: Name, lifetime: float
+    ) -> tuple[tuple[float, Entry] | None, float, Future[Entry] | None]:
+        """What is known of a model, and how old that is; where it is older than `lifetime`, the
+        question that is being asked, too."""
+        with self._lock:
+            known = self._known.get(name)
+            age = self._clock() - known[0] if known else 0.0
+            if known and age <= lifetime:
+                return known, age, None
+            asking = self._asking.get(name)
+            if asking is None:
+                asking = self._asking[name] = Future()
+                threading.Thread(
+                    target=self._ask, args=(name, asking), name="catalog", daemon=True
+                ).start()
+        return known, age, asking
 
     def forget(self, model: str, version: str = "") -> None:
         """Ask again next time: a worker said that this model is not what it was."""

@@ -16,10 +16,14 @@ from flask import current_app
 from errors import TidegateError, Unauthenticated, Unavailable
 from storage.keys import Keys
 from storage.objects import ObjectStore
+from storage.redis_state import RedisState
 from tasks.bootstrap import Services
 from web import offload
+from web.answers import SharedAnswers
+from web.cache import ResponseCache
 from web.catalog import Catalog
 from web.lane import RealtimeLane
+from web.metrics import Metrics
 from web.recorder import Recorder
 from web.streams import Streams
 from web.waiting import JobWaiter
@@ -146,6 +150,8 @@ class Gateway:
     keys: KeyCache
     lane: RealtimeLane
     catalog: Catalog
+    cache: ResponseCache
+    metrics: Metrics
     recorder: Recorder
     waiter: JobWaiter
     streams: Streams
@@ -159,12 +165,25 @@ class Gateway:
             window=settings.coalesce_window,
             max_items=settings.coalesce_items,
         )
+        catalog = Catalog(lane.query, settings.catalog_ttl)
+        metrics = Metrics()
+        # What is looked up here is a shortcut, and not worth a wait.
+        state = RedisState(settings.redis_url, settings.namespace, timeout=0.5)
         return cls(
             services=services,
             objects=offload.guarded(services.objects),
             keys=KeyCache(services.keys, settings.key_ttl),
             lane=lane,
-            catalog=Catalog(lane.query, settings.catalog_ttl),
+            catalog=catalog,
+            cache=ResponseCache(
+                lane,
+                catalog,
+                SharedAnswers(state, settings.cache_redis_bytes),
+                metrics,
+                group=settings.group,
+                limit=settings.cache_bytes,
+            ),
+            metrics=metrics,
             recorder=Recorder(services.records),
             waiter=JobWaiter(services.jobs),
             streams=Streams(settings.max_streams, settings.max_tenant_streams),
@@ -173,6 +192,7 @@ class Gateway:
     def close(self) -> None:
         """Write what is still to be written, and let go."""
         self.recorder.stop()
+        self.cache.stop()
         self.lane.stop()
         self.services.close()
 

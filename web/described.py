@@ -34,6 +34,11 @@ DEADLINE = header(
     "Seconds from now, or a moment in RFC 3339, until which the job must have ended. It goes "
     "before the body's `deadline`.",
 )
+STORE_DEADLINE = header(
+    "Tidegate-Deadline",
+    "Seconds from now, or a moment in RFC 3339, until which bytes are read or stored; then 504, or "
+    "a body that breaks off.",
+)
 
 KIND = query("kind", "Jobs of this kind.", enum=[kind.value for kind in JobKind])
 STATUS = query("status", "Jobs in this state.", enum=[state.value for state in JobState])

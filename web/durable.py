@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 from uuid import UUID
@@ -12,6 +13,7 @@ from flask import Response, g
 from errors import Conflict, Gone, TidegateError, from_wire
 from inference import frames
 from inference.tensors import InferRequest, InferResult
+from storage import time_limit
 from storage.idempotency import Once
 from storage.lifecycle import JobState, Priority
 from storage.work import NewJob
@@ -19,6 +21,9 @@ from web import idempotency, views
 from web.context import gateway
 from web.http import Preference, tenant
 from web.json import respond
+
+LAST_READ = 2.0
+"""Seconds to read an answer that came when the client had waited almost long enough."""
 
 
 def submit(
@@ -38,7 +43,10 @@ def submit(
     if len(encoded) > services.settings.inline_bytes:
         key = f"jobs/{tenant().hex}/{job_id.hex}/input"
         since = services.database.now()
-        gateway().objects.put(key, encoded)
+        with time_limit.within(within) as limit:
+            gateway().objects.put(key, encoded)
+            # What storing it took is gone.
+            within = limit.left()
         frame = None
     job = NewJob(
         id=job_id,
@@ -63,10 +71,13 @@ def infer(
 ) -> Response:
     """202 with the job, or, where it ends while the client waits, its answer."""
     if preferred.wait is not None and not preferred.respond_async:
+        until = time.monotonic() + preferred.wait
         gateway().waiter.wait(job_id, preferred.wait)
         row = _row(job_id)
         if JobState(row.state).terminal:
-            response = render(result(job_id, row))
+            with time_limit.within(max(LAST_READ, until - time.monotonic())):
+                found = result(job_id, row)
+            response = render(found)
             response.headers.update(preferred.applied())
             return response
     return accepted(job_id, preferred)

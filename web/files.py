@@ -17,7 +17,7 @@ from storage import objects
 from storage.files import FileRow, file_key
 from web import described, idempotency, schemas, views
 from web.context import gateway
-from web.http import page_after, page_limit, read_uuid, require_key, tenant
+from web.http import page_after, page_limit, read_uuid, require_key, store_deadline, tenant
 from web.json import ApiBlueprint, respond
 
 blueprint = ApiBlueprint(
@@ -40,8 +40,11 @@ def _limit() -> None:
 
 
 @blueprint.post("")
-@blueprint.doc(parameters=[idempotency.PARAMETER], requestBody=described.UPLOAD)
+@blueprint.doc(
+    parameters=[idempotency.PARAMETER, described.STORE_DEADLINE], requestBody=described.UPLOAD
+)
 @blueprint.alt_response(200, schema=schemas.File)
+@store_deadline()
 def create() -> Response:
     """Upload a file: multipart with `file` and `purpose=batch`."""
     if request.mimetype != "multipart/form-data":
@@ -139,7 +142,9 @@ def retrieve(file_id: str) -> Response:
 
 
 @blueprint.get("/<file_id>/content")
+@blueprint.doc(parameters=[described.STORE_DEADLINE])
 @blueprint.alt_response(200, description="The file's bytes.")
+@store_deadline()
 def content(file_id: str) -> Response:
     """The file's bytes."""
     row = find(file_id)
@@ -154,7 +159,9 @@ def content(file_id: str) -> Response:
 
 
 @blueprint.delete("/<file_id>")
+@blueprint.doc(parameters=[described.STORE_DEADLINE])
 @blueprint.alt_response(200, schema=schemas.Deleted)
+@store_deadline()
 def delete(file_id: str) -> Response:
     """Forget a file. A batch that runs over it goes on."""
     row = find(file_id)

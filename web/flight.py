@@ -32,10 +32,15 @@ as long as a living worker takes to say what it runs."""
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back for one request, and how many requests travelled with it."""
+    """What came back for one request, and how many requests travelled in its message; 0: none."""
 
     outcome: InferResult | TidegateError
     batch_size: int
+    cached: bool = False
+    """It was not run for this request: it had been kept, or was run for another one just like
+    it."""
+    cache_status: str = ""
+    """What the response cache did, in the words of RFC 9211; "": it was not asked."""
 
 
 @dataclass(slots=True)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-bind = os.environ.get("TIDEGATE_BIND", "127.0.0.1:8080")
+bind = os.environ.get("TIDEGATE_BIND", "127.0.0.1:8080").split(",")
 workers = int(os.environ.get("TIDEGATE_GATEWAY_WORKERS", "1"))
 worker_class = "web.draining.DrainingWorker"
 worker_connections = 2000
@@ -28,6 +31,20 @@ control_socket_disable = True
 accesslog = None
 errorlog = "-"
 proc_name = "tidegate-gateway"
+
+_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""Where the counters of all processes lie; read when prometheus_client is imported, in a worker."""
+_OURS = f"tidegate-metrics-{os.getpid()}-"
+
+if metrics := os.environ.get("TIDEGATE_METRICS_BIND"):
+    if metrics.rpartition(":")[2] in {public.rpartition(":")[2] for public in bind}:
+        raise ValueError("TIDEGATE_METRICS_BIND: needs another port than TIDEGATE_BIND")
+    bind.append(metrics)
+    # A gunicorn that reads its configuration again goes on with its folder; one that takes over
+    # from another begins its own.
+    given = Path(os.environ.get(_FOLDER, "")).name
+    if not given or (given.startswith("tidegate-metrics-") and not given.startswith(_OURS)):
+        os.environ[_FOLDER] = tempfile.mkdtemp(prefix=_OURS)
 
 
 def post_fork(server: Any, worker: Any) -> None:
@@ -66,3 +83,17 @@ def worker_exit(server: Any, worker: Any) -> None:
     app = worker.app.callable
     if app is not None:
         app.extensions["tidegate"].close()
+
+
+def child_exit(server: Any, worker: Any) -> None:
+    """What a process that has ended had in hand is over; what it counted stays."""
+    if _FOLDER in os.environ:
+        from prometheus_flask_exporter.multiprocess import GunicornPrometheusMetrics
+
+        GunicornPrometheusMetrics.mark_process_dead_on_child_exit(worker.pid)
+
+
+def on_exit(server: Any) -> None:
+    folder = Path(os.environ.get(_FOLDER, ""))
+    if folder.name.startswith(_OURS):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,16 +1,18 @@
-"""Is this process alive, and could it do its work?"""
+"""Is this process alive, could it do its work, and what has it done?"""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
-from flask import Blueprint, Response
+from flask import Blueprint, Response, request
 
-from errors import TidegateError, Unavailable
+from errors import NotFound, TidegateError, Unavailable
 from web.context import Gateway, gateway
 from web.json import respond
+from web.offload import offload
 
 blueprint = Blueprint("health", __name__)
 CACHED = 1.0
@@ -62,3 +64,17 @@ def readyz() -> Response:
     return respond(
         {"status": "ok" if ready else "unready", "checks": states}, 200 if ready else 503
     )
+
+
+@blueprint.get("/metrics")
+def metrics() -> Response:
+    """For Prometheus: on a listener of its own, and nowhere else."""
+    found = gateway()
+    # Where the connection arrived: what its headers say of that is the client's.
+    socket: Any = request.environ.get("gunicorn.socket")
+    port = found.services.settings.metrics_port
+    if not port or socket is None or socket.getsockname()[1:2] != (port,):
+        raise NotFound("nothing is here")
+    # The files of every process are read.
+    text, kind = offload(found.metrics.render, request.headers.get("Accept"))
+    return Response(text, content_type=kind)

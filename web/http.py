@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from werkzeug.exceptions import UnsupportedMediaType
 
 from config import MIB
 from errors import BadRequest, Gone, NotFound, Unauthenticated
+from storage import time_limit
 from web.context import gateway
 
 T = TypeVar("T")
@@ -127,6 +129,15 @@ def parse_deadline(text: str) -> float:
     if seconds <= 0:
         raise BadRequest(f"{DEADLINE}: must lie ahead", param=DEADLINE)
     return seconds
+
+
+@contextmanager
+def store_deadline() -> Iterator[None]:
+    """Around a route that reads or writes objects: the store has until the request's
+    `Tidegate-Deadline`, where it names one. Raises `BadRequest`."""
+    text = request.headers.get(DEADLINE)
+    with time_limit.within(math.inf if text is None else parse_deadline(text)):
+        yield
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import orjson
 import structlog
 from flask import g, request
 
-from errors import BadRequest, Gone, NotFound, Unavailable
+from errors import BadRequest, DeadlineExceeded, Gone, NotFound, Unavailable
 from storage.idempotency import Once
 from web.context import gateway
 from web.http import DEADLINE, tenant
@@ -130,5 +130,5 @@ def _discard(key: str | None) -> None:
     try:
         if key is not None:
             gateway().objects.delete(key)
-    except Unavailable as error:
+    except (Unavailable, DeadlineExceeded) as error:
         log.warning("object left behind", action="object.left", key=key, error=error.message)

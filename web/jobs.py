@@ -29,6 +29,7 @@ from web.http import (
     read_uuid,
     require_json,
     require_key,
+    store_deadline,
     tenant,
 )
 from web.json import ApiBlueprint, respond
@@ -167,7 +168,9 @@ def _find(services: Services, owner: UUID, job_id: UUID) -> dict[str, Any]:
 
 
 @blueprint.get("/<job_id>/result")
+@blueprint.doc(parameters=[described.STORE_DEADLINE])
 @blueprint.alt_response(200, description="The Open Inference Protocol answer.")
+@store_deadline()
 def result(job_id: str) -> Response:
     """What the model answered: JSON, or with `Accept: application/octet-stream` binary tensors."""
     services = gateway().services

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from typing import ParamSpec, TypeVar
@@ -16,12 +17,14 @@ T = TypeVar("T")
 
 
 def offload(run: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """`run(…)` in a real thread, where threads have been replaced by greenlets; else right here.
-    What it calls must not touch anything that belongs to the event loop: no socket, for one, since
-    a pool would hand it to a thread whose loop is another."""
+    """`run(…)` in a real thread, where threads have been replaced by greenlets; else right here. It
+    sees the caller's context, and with it the store's time limit. What it calls must not touch
+    anything that belongs to the event loop: no socket, for one, since a pool would hand it to a
+    thread whose loop is another."""
     if not monkey.is_module_patched("threading"):
         return run(*args, **kwargs)
-    result: T = gevent.get_hub().threadpool.apply(run, args, kwargs)
+    context = contextvars.copy_context()
+    result: T = gevent.get_hub().threadpool.apply(context.run, (run, *args), kwargs)
     return result
 
 

@@ -26,6 +26,7 @@ from storage.lifecycle import JobState
 from storage.records import Record
 from web import durable, idempotency
 from web.context import gateway
+from web.flight import Answer
 from web.http import deadline, preference, require_key, tenant
 from web.json import respond
 from web.lane import QUERY_TIMEOUT
@@ -159,23 +160,21 @@ def infer(model: str, version: str = "") -> Response:
     job_id = found.services.ids.mint(tenant())
     # What finding out about the model took is gone.
     left = max(0.001, timeout - (time.monotonic() - began))
-    return _realtime(asked, fmt, left, job_id)
+    return _realtime(asked, fmt, left, job_id, cached=entry.spec.cache_ttl > 0)
 
 
 def _realtime(
-    asked: InferRequest, fmt: oip.ResponseFormat, timeout: float, job_id: UUID
+    asked: InferRequest, fmt: oip.ResponseFormat, timeout: float, job_id: UUID, *, cached: bool
 ) -> Response:
     found = gateway()
     # On the answer, whatever it is: see `app._end`.
     g.job_id = job_id
     started = time.monotonic()
-    outcome: InferResult | TidegateError
-    batch_size = 1
     try:
-        answer = found.lane.infer(asked, timeout)
-        outcome, batch_size = answer.outcome, answer.batch_size
+        answer = _from_cache(asked, timeout) if cached else found.lane.infer(asked, timeout)
     except TidegateError as error:
-        outcome = error
+        answer = Answer(error, batch_size=1)
+    outcome = answer.outcome
     failed = outcome if isinstance(outcome, TidegateError) else None
     if isinstance(failed, NotFound):
         found.catalog.forget(asked.model, asked.version)
@@ -188,12 +187,28 @@ def _realtime(
             state=_state(failed),
             error=failed.to_wire() if failed else None,
             duration_ms=round((time.monotonic() - started) * 1000),
-            batch_size=batch_size,
+            batch_size=answer.batch_size,
+            cached=answer.cached,
         )
     )
     if isinstance(outcome, TidegateError):
         raise outcome
-    return _rendered(outcome, fmt)
+    response = _rendered(outcome, fmt)
+    if answer.cache_status:
+        response.headers["Cache-Status"] = answer.cache_status
+    return response
+
+
+def _from_cache(asked: InferRequest, timeout: float) -> Answer:
+    """Of a model whose answers may be given again. `Cache-Control` is the client's word on it."""
+    control = request.cache_control
+    return gateway().cache.infer(
+        asked,
+        timeout,
+        tenant=tenant(),
+        fresh=bool(control.no_cache) or control.max_age == 0,
+        store=not control.no_store,
+    )
 
 
 def _state(failed: TidegateError | None) -> JobState:

@@ -127,7 +127,11 @@ def record(row: Any) -> dict[str, Any]:
         },
         "created_at": row.created_at,
         "completed_at": row.created_at + timedelta(milliseconds=row.duration_ms),
-        "metrics": {"total_ms": row.duration_ms, "batch_size": row.batch_size},
+        "metrics": {
+            "total_ms": row.duration_ms,
+            "batch_size": row.batch_size,
+            "cached": row.cached,
+        },
         "metadata": {},
         "urls": {"self": path, "events": f"{path}/events"},
     }

@@ -19,6 +19,7 @@ EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 VARIABLES = {
     "gateway": "TIDEGATE_PORT",
+    "metrics": "TIDEGATE_METRICS_PORT",
     "flower": "TIDEGATE_FLOWER_PORT",
     "postgres": "TIDEGATE_POSTGRES_PORT",
     "redis": "TIDEGATE_REDIS_PORT",
@@ -36,6 +37,8 @@ class Ports:
     """Where each process listens. 0: any free port."""
 
     gateway: int = 0
+    metrics: int = 0
+    """Where the gateway shows its metrics."""
     flower: int = 0
     postgres: int = 0
     redis: int = 0

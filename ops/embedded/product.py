@@ -33,12 +33,12 @@ def setup(env: Mapping[str, str]) -> list[Process]:
     ]
 
 
-def gateway(env: Mapping[str, str], port: int) -> Process:
+def gateway(env: Mapping[str, str], port: int, metrics: int) -> Process:
     """Ready when it says so, which is when its stores and a worker are there, too."""
     return Process(
         "gateway",
         _python("gunicorn", "-c", "web/gunicorn.py", "web.wsgi:app"),
-        {**env, "TIDEGATE_BIND": f"{HOST}:{port}"},
+        {**env, "TIDEGATE_BIND": f"{HOST}:{port}", "TIDEGATE_METRICS_BIND": f"{HOST}:{metrics}"},
         ready=lambda: probes.expect(f"http://{HOST}:{port}/readyz", 200),
         after=(*STORES, *SETUP),
         # First to stop: it may still be waiting for answers that the worker has to give.

@@ -249,6 +249,7 @@ class Stack:
         self.env = {
             "TIDEGATE_URL": f"http://{HOST}:{ports.gateway}",
             "TIDEGATE_API_KEY": made.api_key,
+            "TIDEGATE_METRICS_URL": f"http://{HOST}:{ports.metrics}/metrics",
             "TIDEGATE_FLOWER_URL": f"http://{HOST}:{ports.flower}",
             "TIDEGATE_FLOWER_USER": FLOWER_USER,
             "TIDEGATE_FLOWER_PASSWORD": made.flower,
@@ -285,7 +286,7 @@ class Stack:
                 self.var / "postgres", ports.postgres, made.postgres, bare, self._tell
             ),
             *product.setup(ours),
-            product.gateway(ours, ports.gateway),
+            product.gateway(ours, ports.gateway, ports.metrics),
             product.worker(ours),
             product.sweeper(ours),
             product.flower(ours, ports.flower, FLOWER_USER, made.flower),

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from errors import Gone, Unavailable
+from errors import DeadlineExceeded, Gone, Unavailable
 from storage.objects import BLOCK, ObjectStore, open_store
 from storage.s3 import PART
+from storage.time_limit import within
 from tests.conftest import S3Server
 
 MIB = 1 << 20
@@ -273,6 +274,76 @@ def test_an_odd_key_is_a_key_like_any_other(store: ObjectStore, below: _Below, k
     store.put(below(key), key.encode())
     assert store.get(below(key)) == key.encode()
     assert below.listed() == [key]
+
+
+# Calls that have so much time
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_nothing_is_begun_when_the_time_is_over(store: ObjectStore, below: _Below) -> None:
+    store.put(below("x"), b"1")
+    asks: list[Callable[[], object]] = [
+        lambda: store.put(below("x"), b"2"),
+        lambda: store.put(below("y"), b"2"),
+        lambda: store.get(below("x")),
+        lambda: store.stream(below("x")),
+        lambda: store.stream(below("x"), 1, 1),
+        lambda: store.size(below("x")),
+        lambda: store.delete(below("x")),
+        below.listed,
+    ]
+    for ask in asks:
+        with within(0), pytest.raises(DeadlineExceeded):
+            ask()
+    assert below.listed() == ["x"]
+    assert store.get(below("x")) == b"1"
+
+
+def test_a_call_with_time_enough_is_like_any_other(store: ObjectStore, below: _Below) -> None:
+    with within(600):
+        store.put(below("x"), blocks(PART + 1))
+        assert store.get(below("x")) == pattern(PART + 1)
+        assert below.listed() == ["x"]
+        store.delete(below("x"))
+        with pytest.raises(Gone):
+            store.get(below("x"))
+
+
+def test_a_stream_breaks_off_when_its_time_is_over(store: ObjectStore, below: _Below) -> None:
+    clock = Clock()
+    store.put(below("x"), blocks(3 * BLOCK))
+    with within(5, clock):
+        reader = store.stream(below("x"))
+    # Whoever reads it has no limit of his own.
+    assert next(reader) == pattern(BLOCK)
+    clock.now = 5
+    with pytest.raises(DeadlineExceeded):
+        list(reader)
+
+
+@pytest.mark.parametrize("size", [BLOCK, 2 * PART])
+def test_a_put_whose_time_ends_half_way_leaves_nothing(
+    store: ObjectStore, below: _Below, size: int
+) -> None:
+    clock = Clock()
+
+    def slow() -> Iterator[bytes]:
+        yield from blocks(size)
+        clock.now = 5
+        yield b"late"
+
+    with within(5, clock), pytest.raises(DeadlineExceeded):
+        store.put(below("x"), slow())
+    assert below.listed() == []
+    # What has arrived of it is rubbish like any other.
+    store.clean(datetime.now(UTC) + timedelta(days=2))
+    assert store.clean(datetime.now(UTC) + timedelta(days=2)) == 0
 
 
 # Lists

@@ -56,6 +56,7 @@ def test_a_wrong_value_is_refused_by_name(
     ("change", "named"),
     [
         ({"secret": "short"}, "TIDEGATE_SECRET"),
+        ({"metrics_bind": "9090"}, "TIDEGATE_METRICS_BIND"),
         ({"lease": 1.0, "sweep_interval": 1.0}, "TIDEGATE_LEASE"),
         ({"objects_url": "ftp://x"}, "TIDEGATE_OBJECTS_URL"),
         ({"realtime_timeout": 999.0}, "TIDEGATE_REALTIME_TIMEOUT"),

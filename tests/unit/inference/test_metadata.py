@@ -120,3 +120,41 @@ def test_a_model_without_batching_takes_the_shape_it_declares() -> None:
     check(InferRequest("m", "", (Tensor("X", "UINT8", (2, 3), bytes(6)),)), spec)
     with pytest.raises(BadTensor, match="takes"):
         check(InferRequest("m", "", (Tensor("X", "UINT8", (1, 2, 3), bytes(6)),)), spec)
+
+
+def marked(value: object, **config: Any) -> ModelSpec:
+    parameters = {"tidegate.cache": {"string_value": value}, "other": {"string_value": "x"}}
+    return ModelSpec.parse(METADATA, CONFIG | {"parameters": parameters} | config)
+
+
+@pytest.mark.parametrize(
+    ("value", "ttl"),
+    [("ttl=60", 60), (" ttl = 0.5 ", 0.5), ("ttl=86400", 86400), ("ttl=0", 0)],
+)
+def test_a_model_may_say_that_its_answers_may_be_given_again(value: str, ttl: float) -> None:
+    assert marked(value).cache_ttl == ttl
+
+
+@pytest.mark.parametrize(
+    "value", ["", "60", "ttl=", "ttl=-1", "ttl=1e3", "ttl=86401", "ttl=60s", "TTL=60", None]
+)
+def test_a_mark_that_cannot_be_read_is_none(value: object) -> None:
+    assert marked(value).cache_ttl == 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"sequence_batching": {}}, {"model_transaction_policy": {"decoupled": True}}],
+    ids=["sequence", "decoupled"],
+)
+def test_what_keeps_state_or_answers_many_times_is_never_given_again(
+    config: dict[str, Any],
+) -> None:
+    assert marked("ttl=60", **config).cache_ttl == 0
+
+
+def test_another_configuration_is_another_revision_of_a_marked_model() -> None:
+    same = [marked("ttl=60").revision, marked("ttl=60", instance_group=[{"count": 2}]).revision]
+    others = [marked("ttl=61").revision, marked("ttl=60", max_batch_size=5).revision]
+    assert len({*same, *others}) == 3
+    assert SPEC.revision == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -12,14 +13,19 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from config import Bucket, parse_objects
-from errors import Gone, Unavailable
+from errors import DeadlineExceeded, Gone, Unavailable
 from storage.s3 import PART, S3Store
+from storage.time_limit import within
 from tests.conftest import S3Server
 
 DATA = b"0123456789" * 1000
@@ -176,6 +182,169 @@ def test_a_server_that_is_not_there_is_unavailable() -> None:
         with pytest.raises(Unavailable) as refused:
             ask()
         assert "secret" not in str(refused.value)
+
+
+# Calls that have so much time, of a store whose own patience would last for a minute
+
+
+HASTY = 0.4
+
+
+@pytest.fixture
+def patient(server: Server) -> S3Store:
+    store = S3Store(bucket(server.url))
+    store.size("x")  # Its bucket is there.
+    server.seen.clear()
+    return store
+
+
+def trickle(request: Request, head: bytes = b"") -> bool:
+    """A byte now and then, for as long as anybody listens."""
+    request.wfile.write(head)
+    while True:
+        request.wfile.write(b" ")
+        time.sleep(0.05)
+
+
+def silent(_: Request) -> bool:
+    time.sleep(5)
+    return True
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"
+SLOW: dict[str, Callable[[Request], bool]] = {
+    "silent": silent,
+    "a slow head": lambda request: trickle(request, b"HTTP/1.1 200 OK\r\nX: "),
+    "a slow body": lambda request: trickle(request, HEAD),
+    "a slow error": lambda request: trickle(request, HEAD.replace(b"200", b"503")),
+}
+
+
+@pytest.mark.parametrize("answer", SLOW)
+def test_what_is_slow_ends_with_its_time_and_is_not_asked_again(
+    patient: S3Store, server: Server, answer: str
+) -> None:
+    server.on = times(ALWAYS, SLOW[answer])
+    asks: list[Callable[[], object]] = [
+        lambda: patient.get("x"),
+        lambda: patient.put("x", b"1"),
+        lambda: patient.delete("x"),
+    ]
+    if "body" not in answer:
+        asks.append(lambda: patient.size("x"))
+    for ask in asks:
+        server.seen.clear()
+        with within(HASTY), pytest.raises(DeadlineExceeded):
+            ask()
+        assert len(server.seen) == 1
+    server.on = lambda request: request.command == "GET" and SLOW[answer](request)
+    with within(HASTY), pytest.raises(DeadlineExceeded):
+        list(patient.list())
+
+
+def test_a_server_that_takes_nothing_ends_with_its_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"s3://key:secret@127.0.0.1:{listening.getsockname()[1]}/bucket?secure=false"
+        store = S3Store(bucket(url))
+        store._made = True
+        for ask in (lambda: store.put("x", bytes(PART)), lambda: store.get("x"), store.ping):
+            with within(HASTY), pytest.raises(DeadlineExceeded):
+                ask()
+
+
+def test_a_sick_server_is_not_waited_for_longer_than_there_is_time(
+    patient: S3Store, server: Server
+) -> None:
+    """The second try follows at once, the third after a pause that is longer than this."""
+    server.on = times(ALWAYS, lambda request: request.refuse(503, "SlowDown"))
+    with within(0.3), pytest.raises(DeadlineExceeded):
+        patient.get("x")
+    assert 1 <= len(server.seen) <= 2
+
+
+def test_a_server_that_answers_before_the_time_is_over_is_believed(
+    patient: S3Store, server: Server
+) -> None:
+    server.on = times(ALWAYS, lambda request: request.refuse(404, "NoSuchKey"))
+    with within(30), pytest.raises(Gone):
+        patient.get("x")
+    server.on = times(ALWAYS, lambda request: request.refuse(403, "AccessDenied"))
+    with within(30), pytest.raises(Unavailable, match="AccessDenied"):
+        patient.get("x")
+
+
+def test_nothing_is_asked_when_the_time_is_over(patient: S3Store, server: Server) -> None:
+    with within(0), pytest.raises(DeadlineExceeded):
+        patient.get("x")
+    assert server.seen == []
+
+
+def test_a_connection_forgets_the_time_of_who_had_it_before(
+    patient: S3Store, server: Server
+) -> None:
+    with within(HASTY):
+        assert patient.get("x") == DATA
+
+    def slow(_: Request) -> bool:
+        time.sleep(2 * HASTY)
+        return False
+
+    server.on = times(ALWAYS, slow)
+    assert patient.get("x") == DATA
+    assert patient.put("x", b"1") == 1
+
+
+def test_a_stream_keeps_the_time_it_was_opened_with(patient: S3Store, server: Server) -> None:
+    server.on = times(ALWAYS, SLOW["a slow body"])
+    with within(HASTY):
+        blocks = patient.stream("x")
+    with pytest.raises(DeadlineExceeded):
+        list(blocks)
+
+
+def test_over_tls_it_is_the_same(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cert = certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert)
+    server.socket = context.wrap_socket(
+        server.socket, server_side=True, do_handshake_on_connect=False
+    )
+    monkeypatch.setenv("SSL_CERT_FILE", str(cert))
+    store = S3Store(bucket(server.url.replace("secure=false", "secure=true")))
+    with within(30):
+        assert store.put("x", bytes(1 << 20)) == 1 << 20
+        assert store.get("x") == DATA
+    for answer in SLOW.values():
+        server.on = times(ALWAYS, answer)
+        with within(HASTY), pytest.raises(DeadlineExceeded):
+            store.get("x")
+    # Nor does a handshake that never ends take longer.
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"s3://key:secret@127.0.0.1:{listening.getsockname()[1]}/bucket?secure=true"
+        with within(HASTY), pytest.raises(DeadlineExceeded):
+            S3Store(bucket(url)).get("x")
+
+
+def certificate(folder: Path) -> Path:
+    """A key of 127.0.0.1 and what it says about itself, in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(address, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    plain = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path = folder / "server.pem"
+    path.write_bytes(key.private_bytes(pem, *plain) + made.public_bytes(pem))
+    return path
 
 
 def test_a_server_that_stumbles_is_asked_again(store: S3Store, server: Server) -> None:
@@ -350,7 +519,9 @@ UNDER_GEVENT = """
 import sys
 from gevent import monkey; monkey.patch_all()
 import gevent
+from errors import DeadlineExceeded
 from storage.objects import open_store
+from storage.time_limit import within
 from web.offload import guarded
 
 store = guarded(open_store(sys.argv[1]))
@@ -367,25 +538,48 @@ def use():
     assert store.get("x") == b"0123456789" * 1000
     assert b"".join(store.stream("x")) == b"0123456789" * 1000
 
+def refused():
+    folder = guarded(open_store(sys.argv[2]))
+    folder.put("x", b"1")
+    with within(0):
+        try:
+            folder.get("x")
+        except DeadlineExceeded:
+            return True
+
+def hurry():
+    with within(0.4):
+        try:
+            store.get("slow")
+        except DeadlineExceeded:
+            return True
+
 clock = gevent.spawn(tick)
+hurried = gevent.spawn(hurry)
 for _ in range(3):
     users = [gevent.spawn(use) for _ in range(20)]
     gevent.joinall(users, timeout=30, raise_error=True)
     assert all(user.successful() for user in users)
+assert hurried.get(timeout=30)
+assert gevent.spawn(refused).get(timeout=30)
 print(ticks)
 """
 
 
-def test_under_gevent_many_use_it_at_once_and_nobody_else_waits(server: Server, root: Path) -> None:
+def test_under_gevent_many_use_it_at_once_and_nobody_else_waits(
+    server: Server, root: Path, tmp_path: Path
+) -> None:
     """On connections that are kept: where one crossed threads, gevent would refuse it."""
 
     def slow(request: Request) -> bool:
+        if request.path.startswith("/bucket/slow"):
+            return trickle(request, HEAD)
         time.sleep(0.1)
         return False
 
     server.on = slow
     done = subprocess.run(
-        [sys.executable, "-c", UNDER_GEVENT, server.url],
+        [sys.executable, "-c", UNDER_GEVENT, server.url, tmp_path.as_uri()],
         cwd=root,
         capture_output=True,
         text=True,

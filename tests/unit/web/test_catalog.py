@@ -116,3 +116,40 @@ def test_workers_that_are_away_do_not_make_it_forget(workers: Workers) -> None:
     workers.answer = Unavailable("away")
     for _ in range(3):
         assert catalog.get("m").spec.max_batch_size == 8
+
+
+def test_who_wants_it_current_waits_for_the_answer(workers: Workers) -> None:
+    catalog = workers.catalog()
+    catalog.get("m")
+    workers.now = 6
+    workers.answer = TOLD | {"config": {"max_batch_size": 16}}
+    assert catalog.current("m").spec.max_batch_size == 16
+
+
+def test_it_is_asked_for_before_it_is_old(workers: Workers) -> None:
+    catalog = workers.catalog()
+    catalog.get("m")
+    workers.now = 2
+    catalog.current("m")
+    assert workers.asked == 1
+    workers.now = 4
+    workers.open.clear()
+    workers.answer = TOLD | {"config": {"max_batch_size": 16}}
+    assert catalog.current("m", timeout=0).spec.max_batch_size == 8
+    workers.open.set()
+    while catalog.current("m").spec.max_batch_size == 8:
+        threading.Event().wait(0.01)
+    assert workers.asked == 2
+
+
+def test_nobody_gets_an_old_entry_for_a_current_one(workers: Workers) -> None:
+    catalog = workers.catalog()
+    catalog.get("m")
+    workers.now = 6
+    workers.answer = Unavailable("nobody is there")
+    with pytest.raises(Unavailable):
+        catalog.current("m")
+    workers.open.clear()
+    with pytest.raises(Unavailable):
+        catalog.current("m", timeout=0.01)
+    workers.open.set()
