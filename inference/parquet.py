@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from errors import BadFile, TidegateError, Unsupported
-from inference import columns
+from inference import columns, parquet_pages
 
 MAGIC: Final = b"PAR1"
 MAX_FOOTER: Final = 16 << 20
@@ -48,6 +48,7 @@ class Table:
 
     def __init__(self, file: RandomAccess, size: int):
         _check_ends(file, size)
+        self._source = file
         with _translated():
             self._file = pq.ParquetFile(
                 # All of a column in one read is what is fast from far away, and not bounded.
@@ -72,9 +73,10 @@ class Table:
         texts = any(
             (columns.datatype_of(self.columns[name]) or ("", 0))[0] == "BYTES" for name in names
         )
+        most = min(most_rows, BATCH_TEXTS) if texts else most_rows
         for group in range(self._file.metadata.num_row_groups):
-            each = self._batch_rows(group, names, min(most_rows, BATCH_TEXTS if texts else 1 << 60))
             with _translated():
+                each = self._batch_rows(group, names, most)
                 found = iter(
                     self._file.iter_batches(
                         each, row_groups=[group], columns=list(names), use_threads=False
@@ -87,6 +89,10 @@ class Table:
                     break
                 yield batch
 
+    def _read(self, at: int, size: int) -> bytes:
+        self._source.seek(at)
+        return self._source.read(size)
+
     def _batch_rows(self, group: int, names: Sequence[str], most: int) -> int:
         told = self._file.metadata.row_group(group)
         size = 0
@@ -94,6 +100,10 @@ class Table:
             column = told.column(at)
             if column.path_in_schema.split(".")[0] not in names:
                 continue
+            start = column.data_page_offset
+            if column.has_dictionary_page and column.dictionary_page_offset:
+                start = min(start, column.dictionary_page_offset)
+            parquet_pages.check(self._read, start, column.total_compressed_size)
             # Levels of nesting are 2 bytes each while they are decoded; a text's own size is not
             # told, but that of its page.
             width = _WIDTHS.get(column.physical_type, 0) + 4
