@@ -21,7 +21,7 @@ from tasks.array_inputs import Inputs, NpyInput, ParquetInput
 from tasks.array_order import LINES, NPY, Order
 from tasks.array_outputs import npy_output, parquet_output
 from tasks.array_parts import PartWriter
-from tasks.batch_lines import LineWriter, joined, request_id
+from tasks.batch_lines import request_id
 from tasks.formats import (
     Limits,
     Member,
@@ -33,6 +33,7 @@ from tasks.formats import (
     Source,
     Writer,
 )
+from tasks.line_format import LineWriter, joined
 
 
 @dataclass(frozen=True, slots=True)

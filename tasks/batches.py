@@ -15,7 +15,6 @@ from storage.files import FileRow
 from storage.lifecycle import ChunkKind, ChunkState
 from storage.work import ChunkOutput, ChunkPlan, Claim, Done
 from tasks import attempts, pipeline
-from tasks.batch_lines import Lines
 from tasks.bootstrap import Services, WorkerServices
 from tasks.formats import (
     Dropped,
@@ -29,6 +28,7 @@ from tasks.formats import (
     nothing,
 )
 from tasks.leases import Held
+from tasks.line_format import Lines
 
 _UNDONE = {
     ChunkState.CANCELED: (

@@ -3,14 +3,15 @@ costs more than running it.
 
 Most files are written by a program: their lines are one text, but for the custom_id, the shapes and
 the numbers. A pattern is made of a line that was read with all care. What matches it is, by JSON's
-grammar, the same document with another string and other arrays in these places; and where shapes
-and brackets are those of a line that the model takes, only the numbers are left to be looked at,
-those of a whole pack by one call. Whatever is unusual in any way is given back, to be read with all
-care as well: what is wrong with a line is said in one place only.
+grammar, the same document with another string and other arrays in these places; and where the
+shapes are those of a line that the model takes, only data is left to be looked at: brackets, commas
+and numbers, those of a whole pack by one call each. Whatever is unusual in any way is given back,
+to be read with all care as well: what is wrong with a line is said in one place only.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -48,58 +49,66 @@ _NUMERALS: Final = b"0123456789+-.eE "
 _BRACKETS: Final = b"[]"
 
 Key = tuple[bytes, ...]
-"""Shapes as written, and data without its numbers: brackets and commas."""
+"""Shapes as they are written."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """Lines of one pattern and one key; `request` is that of the first, which the model takes."""
+    """Lines of one pattern and one key."""
 
     request: InferRequest
+    """Of the first one, which the model takes."""
     rows: int | None
     """Of one line in a pack; None: it must go alone."""
-    size: int
-
-    @classmethod
-    def of(cls, request: InferRequest, max_rows: int) -> _Kind:
-        rows = packing.rows_of(request) if max_rows > 1 else None
-        return cls(request, rows, sum(len(tensor.data) for tensor in request.inputs))
+    most: int
+    """Lines in one pack."""
+    frames: tuple[bytes, ...]
+    """Each input's data without its numbers: brackets and commas."""
 
 
 @dataclass(slots=True)
 class Bundle:
     """Lines of one kind, up to a pack of them."""
 
+    pattern: _Pattern
     kind: _Kind
     lines: list[tuple[int, bytes]] = field(default_factory=list)
-    custom_ids: list[bytes] = field(default_factory=list)
-    columns: list[list[bytes]] = field(default_factory=list)
-    """Each input's data, line by line."""
+    groups: list[tuple[bytes, ...]] = field(default_factory=list)
 
     def pack(self) -> Pack | None:
-        """None where there is something about the numbers: it is for the lines to say."""
-        request = self.kind.request
+        """None where there is something about the data: it is for the lines to say."""
+        kind, count = self.kind, len(self.lines)
+        custom_ids, columns = self.pattern.columns(self.groups)
         inputs = []
-        for tensor, column in zip(request.inputs, self.columns, strict=True):
-            data = _numbers(b",".join(column), tensor, len(self.lines))
+        for tensor, frame, column in zip(kind.request.inputs, kind.frames, columns, strict=True):
+            data = _numbers(column, tensor, frame)
             if data is None:
                 return None
             shape = tensor.shape
-            if self.kind.rows is not None:
-                shape = (shape[0] * len(self.lines), *shape[1:])
+            if kind.rows is not None:
+                shape = (shape[0] * count, *shape[1:])
             inputs.append(Tensor(tensor.name, tensor.datatype, shape, data))
-        rows = self.kind.rows or 1
-        members = [
-            Member(number, custom_id.decode(), rows, request.id)
-            for (number, _), custom_id in zip(self.lines, self.custom_ids, strict=True)
-        ]
-        name = request.id if len(members) == 1 else ""
-        rows = sum(member.rows for member in members)
-        return Pack(replace(request, inputs=tuple(inputs), id=name), members, rows)
+        name = kind.request.id
+        fields = zip(
+            [number for number, _ in self.lines],
+            [custom_id.decode() for custom_id in custom_ids],
+            itertools.repeat(kind.rows or 1),
+            itertools.repeat(name),
+        )
+        request = replace(kind.request, inputs=tuple(inputs), id=name if count == 1 else "")
+        members = list(map(Member._make, fields))
+        return Pack(request, members, count * (kind.rows or 1))
 
 
-def _numbers(text: bytes, tensor: Tensor, count: int) -> bytes | None:
-    """The data of so many tensors like this one, as `tensors.pack_json` makes it."""
+def _numbers(column: Sequence[bytes], tensor: Tensor, frame: bytes) -> bytes | None:
+    """The data of several tensors like this one, as `tensors.pack_json` makes it."""
+    text, count = b",".join(column), len(column)
+    if text.translate(None, _NUMERALS) != b",".join([frame] * count):
+        return None
+    # Each begins and ends with a bracket. Where those are all there is, none can be in two parts.
+    nested = frame.count(b"[") > 1
+    if nested and any(data.translate(None, _NUMERALS) != frame for data in column):
+        return None
     try:
         values = orjson.loads(b"[" + text.translate(None, _BRACKETS) + b"]")
     except orjson.JSONDecodeError:
@@ -131,7 +140,7 @@ class _Pattern:
         self.match = re.compile(expression).fullmatch
         self.kinds: dict[Key, _Kind] = {}
         self.open: dict[Key, Bundle] = {}
-        self.custom_id = names.index(b"custom_id")
+        self._custom_id = names.index(b"custom_id")
         self._shapes = [at for at, name in enumerate(names) if name == b"shape"]
         self._data = [at for at, name in enumerate(names) if name == b"data"]
 
@@ -164,11 +173,17 @@ class _Pattern:
         return cls(b"".join(expression), names)
 
     def key(self, groups: Sequence[bytes]) -> Key:
-        shapes = [groups[at] for at in self._shapes]
-        return (*shapes, *(groups[at].translate(None, _NUMERALS) for at in self._data))
+        return tuple([groups[at] for at in self._shapes])
 
-    def data(self, groups: Sequence[bytes]) -> list[bytes]:
-        return [groups[at] for at in self._data]
+    def frames(self, groups: Sequence[bytes]) -> tuple[bytes, ...]:
+        return tuple(groups[at].translate(None, _NUMERALS) for at in self._data)
+
+    def columns(
+        self, groups: Sequence[tuple[bytes, ...]]
+    ) -> tuple[tuple[bytes, ...], list[tuple[bytes, ...]]]:
+        """The custom_ids, and each input's data, of several lines."""
+        columns = list(zip(*groups, strict=True))
+        return columns[self._custom_id], [columns[at] for at in self._data]
 
 
 def _is_emptied(emptied: bytes, text: bytes) -> bool:
@@ -207,33 +222,25 @@ class Alike:
             return False
         groups = found.groups()
         key = pattern.key(groups)
-        kind = pattern.kinds.get(key)
-        if kind is None:
-            return False
         bundle = pattern.open.get(key)
         if bundle is None:
-            bundle = pattern.open[key] = Bundle(kind, columns=[[] for _ in kind.request.inputs])
+            kind = pattern.kinds.get(key)
+            if kind is None:
+                return False
+            bundle = pattern.open[key] = Bundle(pattern, kind)
         bundle.lines.append((number, text))
-        bundle.custom_ids.append(groups[pattern.custom_id])
-        for column, data in zip(bundle.columns, pattern.data(groups), strict=True):
-            column.append(data)
-        more = len(bundle.lines) + 1
-        if (
-            kind.rows is None
-            or kind.rows * more > self._max_rows
-            or kind.size * more > self._max_bytes
-        ):
+        bundle.groups.append(groups)
+        if len(bundle.lines) >= bundle.kind.most:
             return pattern.open.pop(key)
         return True
 
     def learn(self, text: bytes, request: InferRequest) -> None:
         """Those that are like this one, which the model takes, need not be read any more."""
-        kind = _Kind.of(request, self._max_rows)
         for pattern in self._patterns:
             found = pattern.match(text)
             if found is not None:
                 if len(pattern.kinds) < MOST_KINDS:
-                    pattern.kinds[pattern.key(found.groups())] = kind
+                    self._keep(pattern, found.groups(), request)
                 return
         if len(self._patterns) + self._given_up >= MOST_PATTERNS:
             return
@@ -242,8 +249,16 @@ class Alike:
         if made is None or found is None:
             self._given_up += 1
             return
-        made.kinds[made.key(found.groups())] = kind
+        self._keep(made, found.groups(), request)
         self._patterns.append(made)
+
+    def _keep(self, pattern: _Pattern, groups: tuple[bytes, ...], request: InferRequest) -> None:
+        rows = packing.rows_of(request) if self._max_rows > 1 else None
+        size = sum(len(tensor.data) for tensor in request.inputs)
+        most = 1 if rows is None else min(self._max_rows // rows, self._max_bytes // max(1, size))
+        kind = _Kind(request, rows, max(1, most), pattern.frames(groups))
+        # Of one shape, but in another form than the one before: whichever comes last is expected.
+        pattern.kinds[pattern.key(groups)] = kind
 
     def rest(self) -> Iterator[Bundle]:
         for pattern in self._patterns:

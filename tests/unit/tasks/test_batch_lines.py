@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from errors import BadRequest
 from inference.tensors import InferResult, Tensor
-from tasks import batch_lines
-from tasks.batch_lines import BadLine, parse_line, plan_file
+from tasks import batch_lines, line_plan
+from tasks.batch_lines import BadLine, parse_line
 from tasks.formats import FileErrors, Limits
+from tasks.line_plan import plan_file
 
 ENDPOINT = "/v2/models/identity/infer"
 LIMITS = Limits(chunk_items=3, chunk_bytes=10_000, max_lines=100, max_line_bytes=1000)
@@ -94,14 +95,14 @@ def test_an_endpoint_may_name_a_version() -> None:
 
 def test_a_file_is_cut_into_chunks_of_the_largest_size() -> None:
     texts = [line(number) for number in range(1, 8)]
-    plans = plan_file(offsets(texts), LIMITS)
+    plans = plan_file(lambda: offsets(texts), LIMITS)
     assert [plan.items for plan in plans] == [3, 3, 1]
     assert [plan.first_line for plan in plans] == [1, 4, 7]
 
 
 def test_a_chunk_ends_before_it_weighs_too_much() -> None:
     limits = Limits(chunk_items=100, chunk_bytes=300, max_lines=100, max_line_bytes=1000)
-    plans = plan_file(offsets([line(number) for number in range(1, 7)]), limits)
+    plans = plan_file(lambda: offsets([line(number) for number in range(1, 7)]), limits)
     assert len(plans) > 1
     assert sum(plan.items for plan in plans) == 6
 
@@ -115,10 +116,10 @@ def test_every_line_that_is_not_blank_is_in_exactly_one_chunk(kinds: list[str]) 
     text = b"\n".join(texts)
     if "good" not in kinds:
         with pytest.raises(FileErrors):
-            plan_file(offsets(texts), LIMITS)
+            plan_file(lambda: offsets(texts), LIMITS)
         return
     found: list[tuple[int, bytes]] = []
-    for plan in plan_file(offsets(texts), LIMITS):
+    for plan in plan_file(lambda: offsets(texts), LIMITS):
         part = text[plan.byte_start : plan.byte_end]
         rows = list(enumerate(part.split(b"\n"), start=plan.first_line))
         mine = [(number, row) for number, row in rows if row.strip()]
@@ -129,7 +130,7 @@ def test_every_line_that_is_not_blank_is_in_exactly_one_chunk(kinds: list[str]) 
 
 def test_a_custom_id_given_twice_is_noticed_across_chunks() -> None:
     texts = [line(number) for number in (1, 2, 3, 4, 1, 2)]
-    plans = plan_file(offsets(texts), LIMITS)
+    plans = plan_file(lambda: offsets(texts), LIMITS)
     assert [plan.duplicates for plan in plans] == [(), (5, 6)]
 
 
@@ -147,7 +148,7 @@ def test_a_file_that_cannot_be_used_says_why(
     texts: list[bytes], code: str, number: int | None
 ) -> None:
     with pytest.raises(FileErrors) as refused:
-        plan_file(offsets(texts), LIMITS)
+        plan_file(lambda: offsets(texts), LIMITS)
     (error,) = refused.value.errors
     assert (error["code"], error["line"]) == (code, number)
 
@@ -166,3 +167,60 @@ def test_lines_of_the_output_and_error_files_have_openais_shape() -> None:
     bad = json.loads(batch_lines.error_line("r2", None, 9, "invalid_json", "why"))
     assert bad["response"] is None
     assert bad["error"] == {"code": "invalid_json", "message": "why", "line": 9}
+
+
+def duplicates_of(texts: list[bytes]) -> list[int]:
+    plans = plan_file(lambda: offsets(texts), LIMITS)
+    return [number for plan in plans for number in plan.duplicates]
+
+
+def naive_duplicates(texts: list[bytes]) -> list[int]:
+    seen: set[str] = set()
+    found = []
+    for number, text in enumerate(texts, start=1):
+        custom_id = batch_lines.peek_custom_id(text) if len(text) <= 1000 else None
+        if custom_id in seen:
+            found.append(number)
+        if custom_id is not None:
+            seen.add(custom_id)
+    return found
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.builds(line, st.integers(1, 4)),
+            st.builds(line, custom_id=st.sampled_from(["row-1", "é", "\\", "a\\b", "x" * 512, ""])),
+            st.builds(line, st.integers(1, 3), body=st.just({"custom_id": "row-1"})),
+            st.builds(line, custom_id=st.just(...), body=st.just({"custom_id": "row-2"})),
+            st.builds(line, st.integers(1, 3), extra=st.just("x" * 1000)),
+            st.sampled_from(
+                [
+                    b'{"custom_id": "row-1"',
+                    b'{"custom_id": "row-1"} x',
+                    b'{"custom\\u005fid": "row-1"}',
+                    b'{"custom_id": "row\\u002d1"}',
+                    b'{"custom_id": "row-1", "custom_id": "row-2"}',
+                    b'{"a": "custom_id", "custom_id" : "row-2"}',
+                    b"  ",
+                ]
+            ),
+        ),
+        min_size=1,
+        max_size=20,
+    )
+)
+def test_what_is_given_twice_is_found_and_nothing_else(texts: list[bytes]) -> None:
+    texts = [line(99), *texts]
+    assert duplicates_of(texts) == naive_duplicates(texts)
+
+
+def test_custom_ids_of_one_number_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(line_plan, "_mark", lambda *_: 7)
+    assert duplicates_of([line(1), line(2), b"{", line(1)]) == [4]
+
+
+def test_many_repeated_ids_are_looked_at_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(line_plan, "SUSPECTS", 2)
+    texts = [line(number) for number in (1, 2, 3, 4, 5, 5, 4, 3, 2, 1, 1)]
+    assert duplicates_of(texts) == [6, 7, 8, 9, 10, 11]

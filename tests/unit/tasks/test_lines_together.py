@@ -20,9 +20,10 @@ from inference.tensors import InferRequest, InferResult, Tensor
 from storage.lifecycle import ChunkKind, JobKind
 from storage.objects import DirectoryStore
 from storage.work import Claim
-from tasks import batch_lines
-from tasks.batch_lines import BadLine, Lines, LineWriter, request_id
+from tasks import batch_lines, line_format
+from tasks.batch_lines import BadLine, request_id
 from tasks.formats import Limits, Member, Pack, Refused, Source
+from tasks.line_format import Lines, LineWriter
 
 ENDPOINT = "/v2/models/m/infer"
 LIMITS = Limits(
@@ -100,7 +101,7 @@ def each_by_itself(text: bytes, claim: Claim, spec: ModelSpec) -> tuple[list[byt
         if not line.strip():
             continue
         try:
-            read = batch_lines._runnable(line, number, claim, spec, LIMITS)
+            read = line_format._runnable(line, number, claim, spec, LIMITS)
         except BadLine as bad:
             refused.append(Refused(number, bad.custom_id, bad.reason, bad.message))
         else:
@@ -250,13 +251,13 @@ def test_alike_lines_are_read_by_their_pattern(store: DirectoryStore) -> None:
     source = Source(store, "file", CancelToken())
     read: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        careful = batch_lines._runnable
+        careful = line_format._runnable
 
         def noted(text: bytes, number: int, *rest: Any) -> Any:
             read.append(number)
             return careful(text, number, *rest)
 
-        patch.setattr(batch_lines, "_runnable", noted)
+        patch.setattr(line_format, "_runnable", noted)
         outputs, refused, packs = together(source, claim, spec)
 
     # One of each width, and the others as those.
