@@ -111,7 +111,7 @@ class Settings:
     """Prefix of every Redis key of this deployment, the broker's among them. On RabbitMQ a virtual
     host is a deployment."""
     monitoring: bool = True
-    """Send Celery task events and answer remote control (Flower, `celery inspect`)."""
+    """Send Celery task events (of durable work) and answer remote control (Flower, `celery inspect`)."""
 
     # Worker
     group: str = "default"
@@ -178,6 +178,9 @@ class Settings:
     """Default deadline of a realtime request."""
     max_realtime_timeout: float = 300.0
     """The longest deadline a realtime request may ask for; it is cut to this."""
+    max_queue_time: float = 5.0
+    """A realtime request that would wait longer than this for its turn, or longer than its own
+    deadline, is refused at once: 503 with `Retry-After`."""
     max_wait: float = 60.0
     """Most seconds of `Prefer: wait=n`."""
     max_streams: int = 1000

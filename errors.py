@@ -15,6 +15,7 @@ TidegateError
 ├── Gone                     it existed, and its retention is over
 ├── TooLarge                 over a size limit
 ├── Unavailable              try again later; carries the seconds to wait
+│   ├── Overloaded           more is asked for than is done in time
 │   └── ModelNotReady        the model server is down, or the model is not loaded
 │       └── ServerLost       the model server went away in the middle of a call
 ├── DeadlineExceeded         the time the client gave is over
@@ -123,6 +124,10 @@ class TooLarge(TidegateError):
 
 class Unavailable(TidegateError):
     code = "unavailable"
+
+
+class Overloaded(Unavailable):
+    code = "overloaded"
 
 
 class ModelNotReady(Unavailable):

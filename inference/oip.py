@@ -22,6 +22,7 @@ from errors import BadBody, BadRequest, BadTensor, TooLarge, Unsupported
 from inference.metadata import ModelSpec, TensorSpec
 from inference.tensors import (
     MAX_DIM,
+    Buffer,
     InferRequest,
     InferResult,
     Parameter,
@@ -49,7 +50,7 @@ class ResponseFormat:
         return self.overrides.get(output, self.binary)
 
 
-def inflate(body: bytes, encoding: str | None, limit: int) -> bytes:
+def inflate(body: Buffer, encoding: str | None, limit: int) -> Buffer:
     """The body before its Content-Encoding (gzip, deflate, identity), at most `limit` bytes.
 
     Raises TooLarge as soon as more would come out, BadBody for a broken or cut stream,
@@ -87,7 +88,7 @@ def compress(body: bytes, encoding: str) -> bytes:
 
 
 def parse_infer(
-    body: bytes,
+    body: Buffer,
     header_length: int | None,
     *,
     model: str,
@@ -230,7 +231,7 @@ class _Raw:
 
     __slots__ = ("_at", "_view")
 
-    def __init__(self, body: bytes, at: int):
+    def __init__(self, body: Buffer, at: int):
         self._view = memoryview(body)
         self._at = at
 
@@ -345,7 +346,7 @@ def _refuse_duplicates(where: str, names: list[str]) -> None:
 # A raw body
 
 
-def _parse_raw(body: bytes, model: str, version: str, spec: ModelSpec | None) -> InferRequest:
+def _parse_raw(body: Buffer, model: str, version: str, spec: ModelSpec | None) -> InferRequest:
     """Length 0: the body is the one input of the model, as a batch of one."""
     if spec is None or len(spec.inputs) != 1:
         raise BadBody(
@@ -356,7 +357,7 @@ def _parse_raw(body: bytes, model: str, version: str, spec: ModelSpec | None) ->
     data = memoryview(body)
     if wanted.datatype == "BYTES":
         # The whole body is the one element; its length is what the body does not say.
-        data, count = memoryview(pack_bytes([body])), 1
+        data, count = memoryview(pack_bytes([bytes(body)])), 1
     else:
         item = datatype(wanted.datatype, tensor=wanted.name).item_size
         count = len(body) // item
@@ -384,7 +385,7 @@ def _deduce_shape(shape: tuple[int, ...], count: int, wanted: TensorSpec) -> tup
 # Compression
 
 
-def _inflate(body: bytes, wbits: int, name: str, limit: int) -> bytes:
+def _inflate(body: Buffer, wbits: int, name: str, limit: int) -> bytes:
     parts: list[bytes] = []
     total, rest = 0, body
     while True:

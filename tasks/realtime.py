@@ -25,7 +25,9 @@ REPLY_PAUSE = 0.2
 """Seconds between two tries to answer while Redis is away."""
 
 
-@shared_task(name=messages.REALTIME)
+# No task events: three for each message were a third of what it cost the worker, and who watches is
+# served better by numbers than by a list that goes by too fast to read.
+@shared_task(name=messages.REALTIME, send_events=False)
 def run_realtime(message: str, gateway: str, deadlines: list[float]) -> None:
     """Run the requests of one message as few Triton calls. `deadlines` are seconds from the moment
     the gateway stored the tensors, whose longest is the tensors' TTL: what is left of that says,
@@ -86,7 +88,7 @@ def _outcomes(
         return [TidegateError("the worker failed; its log says why")] * len(deadlines)
 
 
-@shared_task(name=messages.QUERY)
+@shared_task(name=messages.QUERY, send_events=False)
 def run_query(message: str, gateway: str, op: str, model: str, version: str) -> None:
     """Ask this worker's Triton something for a gateway, which has no gRPC of its own."""
     services, until = worker_services(), Deadline.after(QUERY_TIMEOUT)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import structlog
 import uuid_utils.compat as uuids
 from flask import Flask, Response, g, request
 from flask_smorest import Api
@@ -68,15 +67,15 @@ class _Api(Api):  # type: ignore[misc]
 def _begin() -> None:
     given = request.headers.get("X-Request-ID", "")
     g.request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{uuids.uuid7().hex}"
-    structlog.contextvars.clear_contextvars()
-    structlog.contextvars.bind_contextvars(request_id=g.request_id)
+    logs.request_id.set(g.request_id)
 
 
 def _end(response: Response) -> Response:
-    response.headers["X-Request-ID"] = g.get("request_id", "")
+    add = response.headers.add
+    add("X-Request-ID", g.get("request_id", ""))
     if "job_id" in g:
-        response.headers["Tidegate-Job-Id"] = str(g.job_id)
+        add("Tidegate-Job-Id", str(g.job_id))
     if g.get("replayed"):
-        response.headers["Idempotent-Replayed"] = "true"
-    response.headers["X-Content-Type-Options"] = "nosniff"
+        add("Idempotent-Replayed", "true")
+    add("X-Content-Type-Options", "nosniff")
     return response

@@ -7,6 +7,7 @@ window is the one knob.
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 import time
@@ -15,12 +16,13 @@ from collections.abc import Callable
 
 import structlog
 
-from errors import TidegateError, Unavailable
+from errors import Overloaded, TidegateError, Unavailable
 from inference import frames
 from inference.tensors import InferResult
 from storage.redis_state import RedisState, Where
 from tasks import messages
 from web.flight import LOOK_AFTER, Answer, Flight, Move, Waiting
+from web.pace import Pace
 from web.replies import Replies
 
 log = structlog.get_logger(__name__)
@@ -51,6 +53,7 @@ class Coalescer:
         *,
         window: int,
         max_items: int,
+        max_wait: float = math.inf,
         patience: float = PATIENCE,
         clock: Callable[[], float] = time.monotonic,
         send: Callable[..., None] = messages.send,
@@ -60,22 +63,42 @@ class Coalescer:
         self._replies = replies
         self._window = window
         self._max_items = max_items
+        self._max_wait = max_wait
         self._patience = patience
         self._clock = clock
         self._send = send
         self._queue: deque[Waiting] = deque()
         self._bytes = 0
         self._flying: dict[bytes, Flight] = {}
+        self._ahead = 0
+        """Requests that wait or are in flight."""
+        self._pace = Pace(clock)
         self._sent = 0.0
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
+    def admit(self, timeout: float) -> None:
+        """Before anything is done for a request: would its turn come within `timeout` seconds, and
+        as soon as anybody is to wait? Raises `Overloaded`."""
+        # Without the lock: who reads numbers of a moment ago is off by one.
+        ahead = self._ahead
+        if ahead and self._pace.wait(ahead) > min(timeout, self._max_wait):
+            raise self._overloaded(ahead)
+
+    def _overloaded(self, ahead: int) -> Overloaded:
+        return Overloaded(
+            f"{ahead} requests wait for this model, more than it answers in time",
+            retry_after=self._pace.retry_after(ahead),
+        )
+
     def submit(self, waiting: Waiting) -> None:
-        """Queue one request. Raises `Unavailable` where too many wait already."""
+        """Queue one request. Raises `Overloaded` where too many wait already."""
         with self._changed:
             full = self._bytes > 0 and self._bytes + waiting.size > MAX_WAITING_BYTES
             if full or len(self._queue) >= MAX_WAITING:
-                raise Unavailable("too many requests wait for this model", retry_after=1)
+                raise self._overloaded(self._ahead)
+            self._ahead += 1
+            self._pace.busy()
             self._queue.append(waiting)
             self._bytes += waiting.size
             if self._thread is None:
@@ -121,6 +144,7 @@ class Coalescer:
                 size += waiting.size
             else:
                 self._bytes -= waiting.size
+                self._gone(1)
         return batch
 
     def _fly(self, batch: list[Waiting]) -> None:
@@ -205,8 +229,10 @@ class Coalescer:
         """The first end counts: a message that was sent again may be answered twice, and one whose
         publishing failed may have arrived all the same."""
         with self._changed:
-            if not self._land(flight.message):
+            if flight.message not in self._flying:
                 return
+            self._pace.landed(len(flight.batch))
+            self._land(flight.message)
             self._changed.notify()
         if len(outcomes) != len(flight.batch):
             error = TidegateError("the worker answered another number of requests")
@@ -219,10 +245,13 @@ class Coalescer:
         for flight in [flight for flight in self._flying.values() if flight.until <= now]:
             self._land(flight.message)
 
-    def _land(self, message: bytes) -> bool:
-        flight = self._flying.pop(message, None)
-        if flight is None:
-            return False
+    def _land(self, message: bytes) -> None:
+        flight = self._flying.pop(message)
         self._bytes -= flight.size
         self._replies.forget(message)
-        return True
+        self._gone(len(flight.batch))
+
+    def _gone(self, requests: int) -> None:
+        self._ahead -= requests
+        if not self._ahead:
+            self._pace.idle()

@@ -164,6 +164,7 @@ class Gateway:
             group=settings.group,
             window=settings.coalesce_window,
             max_items=settings.coalesce_items,
+            max_wait=settings.max_queue_time,
         )
         catalog = Catalog(lane.query, settings.catalog_ttl)
         metrics = Metrics()

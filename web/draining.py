@@ -1,16 +1,16 @@
 """gunicorn's gevent worker, that neither waits for clients who only hold a connection when it stops
-nor reads, piece by piece, bodies that nobody wants."""
+nor reads, piece by piece, bodies that nobody wants; those that are wanted it reads in one piece."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import gevent
 from gunicorn.workers.ggevent import GeventWorker
+
+from web.bodies import WholeBody
 
 FORGIVEN = 64 * 1024
 """Bytes of a refused body that are read to the end, so that its connection can go on."""
@@ -29,19 +29,13 @@ class DrainingWorker(GeventWorker):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._idle: dict[Any, gevent.Timeout] = {}
 
-    @contextmanager
-    def timeout_ctx(self) -> Iterator[None]:
+    def timeout_ctx(self) -> _Idle:
         """Around the wait for a connection's next request."""
-        waiting = gevent.getcurrent()
-        with gevent.Timeout(self.cfg.keepalive if self.alive else 0, False) as timeout:
-            self._idle[waiting] = timeout
-            try:
-                yield
-            finally:
-                del self._idle[waiting]
+        return _Idle(self._idle, self.cfg.keepalive if self.alive else 0)
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> None:
         """One request; its connection ends where most of a body was left unread."""
+        req.body = WholeBody(req.body.reader, sock)
         try:
             super().handle_request(listener_name, req, sock, addr)
         except StopIteration:
@@ -70,6 +64,28 @@ class DrainingWorker(GeventWorker):  # type: ignore[misc]
             # request that has come in is answered.
             if self._idle.get(waiting) is timeout:
                 waiting.throw(timeout)
+
+
+class _Idle:
+    """A connection without a request, for so many seconds; then the wait is over, quietly."""
+
+    __slots__ = ("_idle", "_timeout", "_waiting")
+
+    def __init__(self, idle: dict[Any, gevent.Timeout], seconds: float):
+        self._idle = idle
+        self._timeout = gevent.Timeout(seconds, False)
+
+    def __enter__(self) -> None:
+        self._waiting = gevent.getcurrent()
+        self._timeout.start()
+        self._idle[self._waiting] = self._timeout
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> bool:
+        del self._idle[self._waiting]
+        self._timeout.close()
+        return error is self._timeout
 
 
 def _unread(req: Any) -> int:

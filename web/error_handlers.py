@@ -37,6 +37,7 @@ STATUS: dict[type[TidegateError], int] = {
     errors.TooLarge: 413,
     errors.ModelFailed: 500,
     errors.Unavailable: 503,
+    errors.Overloaded: 503,
     errors.ModelNotReady: 503,
     errors.ServerLost: 503,
     errors.DeadlineExceeded: 504,

@@ -18,6 +18,7 @@ import structlog
 from flask import g, request
 
 from errors import BadRequest, DeadlineExceeded, Gone, NotFound, Unavailable
+from inference.tensors import Buffer
 from storage.idempotency import Once
 from web.context import gateway
 from web.http import DEADLINE, tenant
@@ -39,7 +40,7 @@ _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"')
 
 
-def asked(*told: bytes) -> Once | None:
+def asked(*told: Buffer) -> Once | None:
     """The request's key, where it has one, with a fingerprint of what was asked: of `told`, or else
     of the JSON body, and of what else decides what is made. `Prefer` does not: it is about the
     answer, and who asks again may have more patience. Raises `BadRequest`."""
@@ -72,7 +73,7 @@ def given() -> str | None:
     return key
 
 
-def fingerprint(parts: Sequence[bytes], body: bytes | None = None) -> bytes:
+def fingerprint(parts: Sequence[Buffer], body: bytes | None = None) -> bytes:
     """SHA-256 over all parts, and over a JSON body without what makes no difference in it: white
     space, and the order of names."""
     digest = hashlib.sha256()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import secrets
 import threading
 import time
@@ -30,16 +31,31 @@ QUERY_TIMEOUT = 5.0
 class RealtimeLane:
     """What the gateway's routes call. Made after fork."""
 
-    def __init__(self, state: RedisState, *, group: str, window: int, max_items: int):
+    def __init__(
+        self,
+        state: RedisState,
+        *,
+        group: str,
+        window: int,
+        max_items: int,
+        max_wait: float = math.inf,
+    ):
         self._state = state
         self._group = group
         self._window = window
         self._max_items = max_items
+        self._max_wait = max_wait
         self._replies = Replies(state)
         self._coalescers: dict[tuple[str, str], Coalescer] = {}
         self._lock = threading.Lock()
         self._presence = Presence(state, group)
         self._lookout = Lookout(state, lambda: list(self._coalescers.values()))
+
+    def admit(self, model: str, version: str, timeout: float) -> None:
+        """Before a request is even read: would it have its turn in time? Raises `Overloaded`."""
+        coalescer = self._coalescers.get((model, version))
+        if coalescer is not None:
+            coalescer.admit(timeout)
 
     def infer(self, request: InferRequest, timeout: float) -> Answer:
         """Run one request within `timeout` seconds; the model's refusal is in the answer. Raises
@@ -56,10 +72,12 @@ class RealtimeLane:
                     self._replies,
                     window=self._window,
                     max_items=self._max_items,
+                    max_wait=self._max_wait,
                 )
                 self._lookout.start()
         size = sum(len(tensor.data) for tensor in request.inputs)
         waiting = Waiting(request, size, until)
+        coalescer.admit(timeout)
         coalescer.submit(waiting)
         try:
             return waiting.answer.result(_left(until))

@@ -10,6 +10,7 @@ import time
 from uuid import UUID
 
 from flask import Blueprint, Response, g, request
+from werkzeug.exceptions import ClientDisconnected
 
 from errors import (
     BadBody,
@@ -21,10 +22,11 @@ from errors import (
 )
 from inference import oip
 from inference.metadata import check
-from inference.tensors import InferRequest, InferResult
+from inference.tensors import Buffer, InferRequest, InferResult
 from storage.lifecycle import JobState
 from storage.records import Record
 from web import durable, idempotency
+from web.bodies import WholeBody
 from web.context import gateway
 from web.flight import Answer
 from web.http import deadline, preference, require_key, tenant
@@ -38,6 +40,7 @@ models = Blueprint("models", __name__, url_prefix="/v2")
 models.before_request(require_key)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
+_VERSION = re.compile(r"[0-9]{0,18}")
 
 
 def routes(path: str) -> tuple[str, str]:
@@ -46,7 +49,7 @@ def routes(path: str) -> tuple[str, str]:
 
 
 def _checked(model: str, version: str) -> tuple[str, str]:
-    if not _NAME.fullmatch(model) or not re.fullmatch(r"[0-9]{0,18}", version):
+    if not _NAME.fullmatch(model) or not _VERSION.fullmatch(version):
         raise ModelNotFound(f"no model {model!r:.80} version {version!r:.20}")
     # 1 and 01 are one version to Triton, and so to whatever we keep by version.
     return model, str(int(version)) if version else ""
@@ -142,12 +145,15 @@ def infer(model: str, version: str = "") -> Response:
     _refuse_too_large(request.content_length or 0)
     # Known before the body is: what the model is like must not take longer than the answer may.
     limit = deadline(settings.realtime_timeout, settings.max_realtime_timeout, cut=True)
-    entry = found.catalog.get(*_checked(model, version), timeout=min(limit, QUERY_TIMEOUT))
+    model, version = _checked(model, version)
+    entry = found.catalog.get(model, version, timeout=min(limit, QUERY_TIMEOUT))
+    preferred = preference(settings.max_wait)
+    if not preferred.durable and not entry.spec.cache_ttl:
+        found.lane.admit(model, version, limit)
     body, header_length = _body(), _header_length()
     asked, fmt = oip.parse_infer(body, header_length, model=model, version=version, spec=entry.spec)
     check(asked, entry.spec)
     asked, given = oip.take_timeout(asked)
-    preferred = preference(settings.max_wait)
     if preferred.durable:
         job_id = durable.submit(
             asked,
@@ -218,13 +224,21 @@ def _state(failed: TidegateError | None) -> JobState:
     return JobState.FAILED if failed else JobState.SUCCEEDED
 
 
-def _body() -> bytes:
+def _body() -> Buffer:
+    """The request's body, inflated. `_refuse_too_large` has seen the length it announced."""
     limit = gateway().services.settings.max_body_bytes
+    stream = request.environ["wsgi.input"]
+    if (length := request.content_length) and isinstance(stream, WholeBody):
+        body = stream.whole()
+        if body is not None:
+            if len(body) < length:
+                raise ClientDisconnected
+            return oip.inflate(body, request.headers.get("Content-Encoding"), limit)
     # A body of unknown length is cut at the limit without a word; one byte more is the proof.
     request.max_content_length = limit + 1
-    body = request.get_data(cache=False, parse_form_data=False)
-    _refuse_too_large(len(body))
-    return oip.inflate(body, request.headers.get("Content-Encoding"), limit)
+    data = request.get_data(cache=False, parse_form_data=False)
+    _refuse_too_large(len(data))
+    return oip.inflate(data, request.headers.get("Content-Encoding"), limit)
 
 
 def _refuse_too_large(size: int) -> None:
@@ -253,8 +267,9 @@ def _rendered(result: InferResult, fmt: oip.ResponseFormat) -> Response:
     if header_length is not None:
         headers[oip.HEADER_LENGTH] = str(header_length)
     # In Triton's order of preference; it compresses whatever the size.
+    wanted = request.headers.get("Accept-Encoding", "").lower()
     for encoding in ("gzip", "deflate"):
-        if _accepts(encoding):
+        if encoding in wanted and _accepts(encoding):
             body = offload(oip.compress, body, encoding)
             headers["Content-Encoding"] = encoding
             break

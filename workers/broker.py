@@ -23,9 +23,10 @@ def transport_options(settings: Settings) -> dict[str, Any]:
             "client_properties": {"connection_name": "tidegate"},
         }
     return {
-        "visibility_timeout": 3600,
-        "unacked_restore_interval": 5,
-        "unacked_restore_throttle": 1,
+        # Which messages are in hand, kombu would write down in Redis, twice a message: a quarter of
+        # what a message cost the worker. What a worker takes along when it dies is sent again by
+        # who counts on it, the ledger or a gateway; what it did not run it gives back.
+        "ack_emulation": False,
         # Of who receives. Who sends is less patient: see `tasks.messages`.
         "socket_timeout": 15,
         "socket_connect_timeout": CONNECT_TIMEOUT,

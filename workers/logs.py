@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextvars import ContextVar
 
 import structlog
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""The request that this thread, or greenlet, works for."""
+
+
+def _about(
+    _logger: object, _method: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    if found := request_id.get():
+        event.setdefault("request_id", found)
+    return event
 
 
 def configure(level: int = logging.INFO) -> None:
     """Send structlog's and the standard library's records to stderr in one format."""
     shared: list[structlog.typing.Processor] = [
-        structlog.contextvars.merge_contextvars,
+        _about,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]

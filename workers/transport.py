@@ -1,5 +1,5 @@
-"""kombu's transports, mended: where a Redis that goes away ends a worker that runs tasks, and where
-a RabbitMQ that hangs holds up who talks to it."""
+"""kombu's transports, mended: where a Redis that goes away ends a worker that runs tasks, where a
+RabbitMQ that hangs holds up who talks to it, and where messages cost more than they are worth."""
 
 from __future__ import annotations
 
@@ -15,13 +15,25 @@ IO_TIMEOUT = 3.0
 class Channel(redis.Channel):  # type: ignore[misc]
     """A channel that outlives its connection, since tasks hold it that have yet to be acknowledged.
     In kombu 5.7 that acknowledgement is an AttributeError, which Celery takes for a reason to end;
-    here it is what it is, a connection that was lost, which Celery gets over. The message comes
-    again, and finds that it was claimed."""
+    here it is what it is, a connection that was lost, which Celery gets over."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._reused: Any = None
 
     def _connparams(self, *args: Any, **kwargs: Any) -> Any:
         if self.connection is None or self.connection.client is None:
             raise ConnectionError("the connection this message came by is gone")
         return super()._connparams(*args, **kwargs)
+
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        """One client for all commands: it is but a view of the pool, and making it took longer than
+        the commands did."""
+        if asynchronous:
+            return super()._create_client(asynchronous)
+        if self._reused is None or self._reused.connection_pool is not self.pool:
+            self._reused = super()._create_client()
+        return self._reused
 
 
 class Transport(redis.Transport):  # type: ignore[misc]

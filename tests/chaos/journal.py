@@ -7,9 +7,8 @@ harness (`crashing`) add what they were told about their commits.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -141,18 +140,12 @@ class Journal:
         ):
             by_key.setdefault(key, []).append(job)
         ((outbox,),) = self.sql(f"SELECT count(*) FROM chunks WHERE state IN {_OPEN}")
-        hints, unacked = self.broker()
-        taken = [chunk for body in unacked for chunk in _named(body)]
-        ((still_open,),) = self.sql(
-            f"SELECT count(*) FROM chunks WHERE id = ANY(%s::bigint[]) AND state IN {_OPEN}", taken
-        )
         return Rest(
             states=dict(states),
             keys=by_key,
             missing=[key for key in self._objects(jobs) if not (objects / key).exists()],
             outbox=int(outbox),
-            hints=hints,
-            unacked=int(still_open),
+            hints=self.hints(),
         )
 
     def _objects(self, jobs: Collection[UUID]) -> Iterator[str]:
@@ -171,20 +164,8 @@ class Journal:
         )
         return (key for (key,) in rows if key is not None)
 
-    def broker(self) -> tuple[int, list[bytes]]:
-        """Messages in queues, and those that somebody has taken."""
+    def hints(self) -> int:
+        """Messages in the broker's queues."""
         with redis.Redis.from_url(self._redis_url, socket_timeout=5) as client:
             queues = client.scan_iter(f"{self._namespace}:*.batch", count=1000, _type="LIST")
-            waiting = sum(int(client.llen(queue)) for queue in queues)
-            taken = client.hvals(f"{self._namespace}:unacked")
-        return waiting, [bytes(body) for body in taken]
-
-
-def _named(body: bytes) -> Iterable[int]:
-    """The chunks that an unacknowledged hint names."""
-    import base64
-
-    message = json.loads(body)[0]
-    _args, kwargs, _embedded = json.loads(base64.b64decode(message["body"]))
-    ids = kwargs.get("ids", [])
-    return [one for one in ids if isinstance(one, int) and 0 <= one < 2**63]
+            return sum(int(client.llen(queue)) for queue in queues)

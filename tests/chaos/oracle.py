@@ -128,9 +128,6 @@ class Rest:
     """Chunks of the jobs that are still queued, released or running."""
     hints: int = 0
     """Messages in the broker's queues."""
-    unacked: int = 0
-    """Messages that a dead worker took, and that name work still open. Others come again after the
-    visibility timeout, and find nothing to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +202,6 @@ def judge(evidence: Evidence) -> Verdict:
     for count, name in (
         (rest.outbox, "open chunks"),
         (rest.hints, "messages in the broker's queues"),
-        (rest.unacked, "unacknowledged messages about open chunks"),
     ):
         if count:
             left.add(f"{count} {name}")

@@ -532,7 +532,7 @@ def overload(run: Run) -> None:
     until = time.monotonic() + run.pick(5, 20)
     longest = 0
     while time.monotonic() < until and run.submitting:
-        longest = max(longest, run.world.journal.broker()[0])
+        longest = max(longest, run.world.journal.hints())
         reply = run.client.once(
             "POST", "/v2/models/identity/infer", json.dumps(ask(1)).encode(), {"X-Chaos": "1"}
         )

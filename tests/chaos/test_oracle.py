@@ -139,7 +139,7 @@ def test_an_end_long_after_the_deadline_is_found() -> None:
     assert verdict.problems == (f"late: job {JOB} ended 20.5 s after its deadline",)
 
 
-@pytest.mark.parametrize("field", ["outbox", "hints", "unacked"])
+@pytest.mark.parametrize("field", ["outbox", "hints"])
 def test_what_is_left_over_is_found(field: str) -> None:
     one: dict[str, Any] = {field: 1}
     assert not judged(rest=replace(GOOD.rest, **one)).ok

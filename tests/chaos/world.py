@@ -358,7 +358,7 @@ class Run:
             rest = self.world.journal.rest(
                 [job.job for job in accepted], [job.key for job in accepted], self.world.objects
             )
-            if not (rest.outbox or rest.hints or rest.unacked) or time.monotonic() > settled:
+            if not (rest.outbox or rest.hints) or time.monotonic() > settled:
                 break
             time.sleep(0.3)
         self.client.close()

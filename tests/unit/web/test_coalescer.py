@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 import pytest
 
-from errors import TidegateError, Unavailable
+from errors import Overloaded, TidegateError, Unavailable
 from inference import frames
 from inference.tensors import InferRequest, InferResult, Tensor
 from storage.redis_state import Where
 from web.coalescer import MAX_WAITING, MAX_WAITING_BYTES, Coalescer
-from web.flight import LOOK_AFTER, LOST_LOOKS, NUDGE_AFTER, Answer, Waiting
+from web.flight import LOOK_AFTER, LOST_LOOKS, NUDGE_AFTER, Promise, Waiting
 
 
 class Broker:
@@ -82,6 +82,7 @@ def coalescer(
     broker: Broker,
     window: int = 1,
     max_items: int = 8,
+    max_wait: float = math.inf,
     patience: float = 3600,
     clock: Callable[[], float] = time.monotonic,
 ) -> Coalescer:
@@ -91,13 +92,14 @@ def coalescer(
         broker,  # type: ignore[arg-type]
         window=window,
         max_items=max_items,
+        max_wait=max_wait,
         patience=patience,
         clock=clock,
         send=broker.send,
     )
 
 
-def submit(to: Coalescer, count: int = 1, timeout: float = 30) -> list[Future[Answer]]:
+def submit(to: Coalescer, count: int = 1, timeout: float = 30) -> list[Promise]:
     tensor = Tensor("INTS", "INT64", (1, 1), bytes(8))
     until = to._clock() + timeout
     waiting = [
@@ -179,6 +181,38 @@ def test_too_many_waiting_requests_are_refused_at_once(broker: Broker) -> None:
     submit(to, MAX_WAITING)
     with pytest.raises(Unavailable):
         submit(to)
+
+
+def test_whose_turn_would_come_too_late_is_refused_before_anything_is_done(broker: Broker) -> None:
+    clock = Clock()
+    to = coalescer(broker, max_items=4, max_wait=8.0, clock=clock)
+    submit(to)
+    message = broker.next()
+    to.admit(0.001)
+    submit(to, 11, timeout=300)
+    clock.now += 1.0
+    broker.answer(message)
+    # One a second, and eleven are ahead.
+    with pytest.raises(Overloaded) as refused:
+        to.admit(300)
+    assert refused.value.retry_after == 6
+    broker.answer(broker.next())
+    clock.now += 0.0
+    # Five in that second: seven ahead take less than 8 s, and more than 1 s.
+    to.admit(300)
+    with pytest.raises(Overloaded):
+        to.admit(1.0)
+
+
+def test_an_idle_lane_refuses_nobody_whatever_it_was_like(broker: Broker) -> None:
+    clock = Clock()
+    to = coalescer(broker, clock=clock)
+    (answer,) = submit(to, timeout=300)
+    message = broker.next()
+    clock.now += 100
+    broker.answer(message)
+    assert answer.result(5)
+    to.admit(0.001)
 
 
 def test_a_publish_that_failed_but_arrived_is_answered_once_and_the_lane_goes_on(
