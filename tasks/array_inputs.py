@@ -103,6 +103,8 @@ def packs(
     outputs = tuple(one.name for one in order.outputs) if order.named else ()
     row_bytes = max(1, sum(column.size for column in given) // rows)
     each = max(1, min(spec.max_batch_size, limits.pack_bytes // row_bytes))
+    texts = any(one.datatype == "BYTES" for one in given)
+    fitting = 0
     for first in range(0, rows, each):
         end = min(first + each, rows)
         batch = (end - first,) if spec.max_batch_size else ()
@@ -117,10 +119,13 @@ def packs(
         )
         here = members.part(first, end)
         try:
-            check(request, spec)
+            # Numbers of as many rows as the last ones fit as those did.
+            if texts or end - first != fitting:
+                check(request, spec)
         except TidegateError as error:
             yield Refused(here[0].number, None, error.code, error.message, len(here))
         else:
+            fitting = end - first
             yield Pack(request, here, len(here))
 
 
