@@ -48,8 +48,20 @@ test-rabbitmq: install ## Run the end-to-end tests with RabbitMQ as broker
 		tests/e2e tests/integration/test_tasks.py --ignore tests/e2e/test_demo.py
 
 .PHONY: chaos
-chaos: install ## Kill everything under load for 25 minutes; writes docs/chaos.md
+chaos: install ## Kill everything under load for an hour; writes docs/chaos.md
 	@exec $(PYTHON) -m tests.chaos --out docs/chaos.md $(ARGS)
+
+.PHONY: bench
+bench: install ## Measure it side by side with others for half an hour; writes docs/benchmarks.md
+	@exec $(PYTHON) -m tests.bench --out docs/benchmarks.md $(ARGS)
+
+.PHONY: bench-peers
+bench-peers: install .venv-peers/.installed ## The same beside BentoML and Ray Serve
+	@exec $(PYTHON) -m tests.bench --only peers --out docs/benchmarks.md $(ARGS)
+
+.venv-peers/.installed: requirements/peers.txt ops/install-peers.sh
+	@ops/install-peers.sh
+	@touch $@
 
 .PHONY: lint
 lint: install ## Look for mistakes and style
@@ -72,7 +84,7 @@ format: install ## Rewrite the code in the project's style
 
 .PHONY: lock
 lock: install ## Renew the exact versions in requirements/
-	@for name in uv main dev triton; do \
+	@for name in uv main dev triton peers; do \
 		UV_SYSTEM_CERTS=1 .venv/bin/uv pip compile --quiet --upgrade --generate-hashes \
 			--universal --python-version 3.11 --no-header --no-emit-index-url \
 			$$(test $$name = triton && echo --no-deps) \
@@ -81,5 +93,5 @@ lock: install ## Renew the exact versions in requirements/
 
 .PHONY: clean
 clean: ## Remove the environments and caches, not the data in var/
-	rm -rf .venv .venv-triton .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-triton .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -111,7 +111,8 @@ class Settings:
     """Prefix of every Redis key of this deployment, the broker's among them. On RabbitMQ a virtual
     host is a deployment."""
     monitoring: bool = True
-    """Send Celery task events (of durable work) and answer remote control (Flower, `celery inspect`)."""
+    """Send Celery task events (of durable work) and answer remote control (Flower, `celery
+    inspect`)."""
 
     # Worker
     group: str = "default"
@@ -139,10 +140,11 @@ class Settings:
     pump_credit: int = 65_536
     """Items per group that may wait in the broker: a few seconds of work."""
     chunk_items: int = 8192
-    """Most lines of a batch file in one chunk."""
+    """Most lines of a batch file in one chunk; a worker that needs longer than two seconds for them
+    leaves the rest as chunks of their own."""
     chunk_bytes: int = 4 * MIB
     """Most input bytes in one chunk (a longer single line is a chunk of its own)."""
-    max_batch_lines: int = 1_000_000
+    max_batch_lines: int = 10_000_000
     """Most lines of a batch file."""
     max_line_bytes: int = 32 * MIB
     """Most bytes of one line; a longer one goes to the error file."""
@@ -172,7 +174,7 @@ class Settings:
     # Gateway
     max_body_bytes: int = 64 * MIB
     """Most bytes of a request body, before and after inflating."""
-    max_file_bytes: int = 512 * MIB
+    max_file_bytes: int = 8192 * MIB
     """Most bytes of an uploaded file."""
     realtime_timeout: float = 30.0
     """Default deadline of a realtime request."""

@@ -51,6 +51,8 @@ class ModelSpec:
     """The model keeps state between requests (`sequence_batching`)."""
     decoupled: bool = False
     """The model answers a request any number of times; not served by a single call."""
+    priority_levels: int = 0
+    """Levels of the dynamic batcher's queue, 1 the first to be served; 0: it has but one."""
     cache_ttl: float = 0.0
     """Seconds for which an answer may be given again to the same request; 0: each is run."""
     revision: str = ""
@@ -78,6 +80,7 @@ class ModelSpec:
             max_batch_size=int(config.get("max_batch_size", 0)),
             sequence=sequence,
             decoupled=decoupled,
+            priority_levels=int((config.get("dynamic_batching") or {}).get("priority_levels", 0)),
             cache_ttl=ttl,
             revision=_revision(config) if ttl else "",
         )

@@ -128,8 +128,7 @@ def _run_range(services: WorkerServices, held: Held) -> None:
                 writer.missing(Member(found.number, found.custom_id))
 
     answered = 0
-    ahead = pipeline.AHEAD if spec.max_batch_size > 1 else pipeline.AHEAD_ALONE
-    for pack, outcome in pipeline.run(services, held, packs(), ahead):
+    for pack, outcome in pipeline.run(services, held, packs()):
         if isinstance(outcome, TidegateError):
             unanswered = [(member, outcome) for member in pack.members]
         else:

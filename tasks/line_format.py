@@ -67,16 +67,17 @@ class Lines:
         enough: Callable[[], bool],
     ) -> Iterator[Pack | Refused | ChunkPlan]:
         reader = _Reader(claim, spec, limits)
-        left, stops = claim.items, False
-        for number, offset, text in _lines(source, claim, limits):
+        stops = False
+        for done, (number, offset, text) in enumerate(_lines(source, claim, limits)):
             if stops:
                 yield from reader.rest()
                 later = tuple(one for one in claim.duplicates if one >= number)
-                yield ChunkPlan(left, number, offset, claim.byte_end, later)
+                yield ChunkPlan(claim.items - done, number, offset, claim.byte_end, later)
                 return
-            left -= 1
-            yield from reader.add(number, text)
-            stops = left % ASK_EVERY == 0 and enough()
+            found = reader.add(number, text)
+            if found is not None:
+                yield from found
+            stops = (done + 1) % ASK_EVERY == 0 and enough()
         yield from reader.rest()
 
     def undone(
@@ -142,12 +143,12 @@ class _Reader:
         self._packer = _Packer(spec.max_batch_size, limits.pack_bytes)
         self._duplicates = frozenset(claim.duplicates)
 
-    def add(self, number: int, text: bytes) -> Iterable[Pack | Refused]:
+    def add(self, number: int, text: bytes) -> Iterable[Pack | Refused] | None:
         """One line more; what is full with it, or refused."""
         if number not in self._duplicates:
             taken = self._alike.take(number, text)
             if taken is True:
-                return ()
+                return None
             if taken is not False:
                 return self._bundled(taken)
         return self._read(number, text)

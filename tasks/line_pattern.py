@@ -48,8 +48,9 @@ _DATA: Final[Mapping[str, bytes]] = {
 _NUMERALS: Final = b"0123456789+-.eE "
 _BRACKETS: Final = b"[]"
 
-Key = tuple[bytes, ...]
-"""Shapes as they are written."""
+Found = re.Match[bytes]
+Key = bytes | tuple[bytes, ...]
+"""Shapes as they are written, of one input or several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +73,18 @@ class Bundle:
 
     pattern: _Pattern
     kind: _Kind
-    lines: list[tuple[int, bytes]] = field(default_factory=list)
-    groups: list[tuple[bytes, ...]] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    found: list[Found] = field(default_factory=list)
+
+    @property
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Their numbers and texts."""
+        return zip(self.numbers, [found.string for found in self.found], strict=True)
 
     def pack(self) -> Pack | None:
         """None where there is something about the data: it is for the lines to say."""
-        kind, count = self.kind, len(self.lines)
-        custom_ids, columns = self.pattern.columns(self.groups)
+        kind, count = self.kind, len(self.numbers)
+        columns = [[found[at] for found in self.found] for at in self.pattern.data]
         inputs = []
         for tensor, frame, column in zip(kind.request.inputs, kind.frames, columns, strict=True):
             data = _numbers(column, tensor, frame)
@@ -90,8 +96,8 @@ class Bundle:
             inputs.append(Tensor(tensor.name, tensor.datatype, shape, data))
         name = kind.request.id
         fields = zip(
-            [number for number, _ in self.lines],
-            [custom_id.decode() for custom_id in custom_ids],
+            self.numbers,
+            [found[self.pattern.custom_id].decode() for found in self.found],
             itertools.repeat(kind.rows or 1),
             itertools.repeat(name),
         )
@@ -140,9 +146,9 @@ class _Pattern:
         self.match = re.compile(expression).fullmatch
         self.kinds: dict[Key, _Kind] = {}
         self.open: dict[Key, Bundle] = {}
-        self._custom_id = names.index(b"custom_id")
-        self._shapes = [at for at, name in enumerate(names) if name == b"shape"]
-        self._data = [at for at, name in enumerate(names) if name == b"data"]
+        self.custom_id = names.index(b"custom_id") + 1
+        self.data = [at for at, name in enumerate(names, start=1) if name == b"data"]
+        self._shapes = [at for at, name in enumerate(names, start=1) if name == b"shape"]
 
     @classmethod
     def of(cls, text: bytes, request: InferRequest) -> _Pattern | None:
@@ -172,18 +178,11 @@ class _Pattern:
             return None
         return cls(b"".join(expression), names)
 
-    def key(self, groups: Sequence[bytes]) -> Key:
-        return tuple([groups[at] for at in self._shapes])
+    def key(self, found: Found) -> Key:
+        return found.group(*self._shapes)
 
-    def frames(self, groups: Sequence[bytes]) -> tuple[bytes, ...]:
-        return tuple(groups[at].translate(None, _NUMERALS) for at in self._data)
-
-    def columns(
-        self, groups: Sequence[tuple[bytes, ...]]
-    ) -> tuple[tuple[bytes, ...], list[tuple[bytes, ...]]]:
-        """The custom_ids, and each input's data, of several lines."""
-        columns = list(zip(*groups, strict=True))
-        return columns[self._custom_id], [columns[at] for at in self._data]
+    def frames(self, found: Found) -> tuple[bytes, ...]:
+        return tuple(found[at].translate(None, _NUMERALS) for at in self.data)
 
 
 def _is_emptied(emptied: bytes, text: bytes) -> bool:
@@ -220,17 +219,16 @@ class Alike:
                 break
         else:
             return False
-        groups = found.groups()
-        key = pattern.key(groups)
+        key = pattern.key(found)
         bundle = pattern.open.get(key)
         if bundle is None:
             kind = pattern.kinds.get(key)
             if kind is None:
                 return False
             bundle = pattern.open[key] = Bundle(pattern, kind)
-        bundle.lines.append((number, text))
-        bundle.groups.append(groups)
-        if len(bundle.lines) >= bundle.kind.most:
+        bundle.numbers.append(number)
+        bundle.found.append(found)
+        if len(bundle.numbers) >= bundle.kind.most:
             return pattern.open.pop(key)
         return True
 
@@ -240,7 +238,7 @@ class Alike:
             found = pattern.match(text)
             if found is not None:
                 if len(pattern.kinds) < MOST_KINDS:
-                    self._keep(pattern, found.groups(), request)
+                    self._keep(pattern, found, request)
                 return
         if len(self._patterns) + self._given_up >= MOST_PATTERNS:
             return
@@ -249,16 +247,16 @@ class Alike:
         if made is None or found is None:
             self._given_up += 1
             return
-        self._keep(made, found.groups(), request)
+        self._keep(made, found, request)
         self._patterns.append(made)
 
-    def _keep(self, pattern: _Pattern, groups: tuple[bytes, ...], request: InferRequest) -> None:
+    def _keep(self, pattern: _Pattern, found: Found, request: InferRequest) -> None:
         rows = packing.rows_of(request) if self._max_rows > 1 else None
         size = sum(len(tensor.data) for tensor in request.inputs)
         most = 1 if rows is None else min(self._max_rows // rows, self._max_bytes // max(1, size))
-        kind = _Kind(request, rows, max(1, most), pattern.frames(groups))
+        kind = _Kind(request, rows, max(1, most), pattern.frames(found))
         # Of one shape, but in another form than the one before: whichever comes last is expected.
-        pattern.kinds[pattern.key(groups)] = kind
+        pattern.kinds[pattern.key(found)] = kind
 
     def rest(self) -> Iterator[Bundle]:
         for pattern in self._patterns:

@@ -20,7 +20,7 @@ AHEAD = 4
 """Most packs under way at a time, and so in memory: enough to keep the model busy while one is read
 and one is written."""
 AHEAD_ALONE = 32
-"""The same of a model that takes one item at a time."""
+"""The same of packs that are one item each: the model takes no more, or these can't be merged."""
 FIRST = 2
 """Packs under way until the first is answered, and one more with each: of a slow model, not much is
 under way when its time is up."""
@@ -33,9 +33,7 @@ class Answered(NamedTuple):
     outcome: Outcome
 
 
-def run(
-    services: WorkerServices, held: Held, packs: Iterator[Pack], ahead: int
-) -> Iterator[Answered]:
+def run(services: WorkerServices, held: Held, packs: Iterator[Pack]) -> Iterator[Answered]:
     """Every pack's outcome, in the order they are read in; one that failed as a whole is run again
     member by member. Raises what is not the fault of what was run: then all of it is to be run
     again. Nothing is under way any more when this ends, however it does."""
@@ -62,9 +60,10 @@ def run(
             if not waiting:
                 attempts.allow(services, [held], pack.request.model)
             waiting.append((pack, start(pack)))
-            if len(waiting) >= now:
+            most = AHEAD if len(pack.members) > 1 else AHEAD_ALONE
+            while len(waiting) >= min(now, most):
                 yield from receive()
-                now = min(now + 1, ahead)
+                now += 1
         while waiting:
             yield from receive()
     finally:

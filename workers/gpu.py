@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 import threading
 import time
 from typing import Any
@@ -32,6 +33,8 @@ log = structlog.get_logger(__name__)
 PRESENCE_EVERY = 1.0
 PRESENCE_TTL = 8
 """Seconds: a gateway stops sending to a group this long after its last worker fell silent."""
+SWITCH = 0.0005
+"""Seconds after which a thread that computes lets another one compute."""
 STALLED = 60
 """Looks, `PRESENCE_EVERY` seconds apart, that find the event loop where the last one found it."""
 DRAIN = 10.0
@@ -76,6 +79,9 @@ def _pin(sender: Any, **_: Any) -> None:
     settings: Settings = app.tidegate
     group: str = sender.options.get("group") or settings.group
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if gpu == "none" else gpu
+    # A realtime request needs the interpreter for moments, again and again; a batch that is being
+    # read or written would hold it for 5 ms each time.
+    sys.setswitchinterval(SWITCH)
     host = socket.gethostname()
     if sender.hostname == f"celery@{host}":
         sender.hostname = f"{group}-gpu{gpu}@{host}" if gpu != "none" else f"{group}@{host}"

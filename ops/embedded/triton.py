@@ -18,8 +18,10 @@ from ops.embedded.process import Process, StackError
 SHARED_MEMORY = Path("/dev/shm")
 GPU = Path("/dev/nvidiactl")
 RESTRICTED = "shared-memory,trace,logging"
-"""APIs that only an operator needs. Loading and unloading models is off altogether: the server
-refuses both unless it is started in the explicit or polling mode."""
+"""APIs that nobody needs here."""
+UNFORGED = "model-repository"
+"""Loading and unloading models, the code of new ones among them: by gRPC alone, which is what
+workers and operators speak. Nobody can be talked into sending it, as with an address of HTTP."""
 
 _ASK = """
 import json, sys, sysconfig
@@ -106,13 +108,15 @@ def process(
         command=[
             environment.server / "bin" / "tritonserver",
             f"--model-repository={models}",
-            "--model-control-mode=none",
+            "--model-control-mode=explicit",
+            # All there are, as without control; a model can then be unloaded and loaded again.
+            "--load-model=*",
             "--disable-auto-complete-config",
             f"--backend-directory={backends}",
             f"--backend-config=python,shm-region-prefix-name={prefix}",
             *(f"--{kind}-address={HOST}" for kind in ("http", "grpc", "metrics")),
             *(f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"),
-            f"--http-restricted-api={RESTRICTED}:{key}",
+            f"--http-restricted-api={RESTRICTED},{UNFORGED}:{key}",
             f"--grpc-restricted-protocol={RESTRICTED}:{key}",
             f"--allow-gpu-metrics={str(GPU.exists()).lower()}",
             # It takes a second per stub to unload. By then nobody asks it anything, so don't wait:

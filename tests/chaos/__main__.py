@@ -1,4 +1,4 @@
-"""`python -m tests.chaos`: the long fault tests, about 25 minutes. See `docs/chaos.md`."""
+"""`python -m tests.chaos`: the long fault tests, about an hour. See `docs/chaos.md`."""
 
 from __future__ import annotations
 
@@ -77,6 +77,8 @@ def tell(played: Played) -> None:
             + (f" {longest:.1f} s" if longest is not None else "")
         )
     say(f"{word} {name} {played.seconds:5.0f} s {figures}")
+    for note in played.notes:
+        say(f"       {note}")
     for problem in () if played.ok else played.problems:
         say(f"       {problem}")
 

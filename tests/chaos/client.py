@@ -113,6 +113,10 @@ class Client:
                 raise Refused(f"{method} {path}: {reply.status} {reply.body[:300]!r}")
             time.sleep(min(float(reply.headers.get("Retry-After", PAUSE)), 1.0))
 
+    def realtime(self, model: str, body: Mapping[str, Any], **headers: str) -> Reply:
+        """One try at an answer now."""
+        return self.once("POST", f"/v2/models/{model}/infer", json.dumps(body).encode(), headers)
+
     def _create(self, path: str, body: Mapping[str, Any], key: str) -> Any:
         headers = {"Content-Type": "application/json", "Idempotency-Key": key}
         reply = self.request("POST", path, json.dumps(body).encode(), headers)

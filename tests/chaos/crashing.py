@@ -61,7 +61,9 @@ POINTS = (
     Point("at the model", "worker", When.DURING, "inference.client:TritonServer.infer_many"),
     Point("answered, not stored", "worker", When.AFTER, "inference.client:TritonServer.infer_many"),
     Point("lines at the model", "worker", When.AFTER, "inference.client:TritonServer.start"),
-    Point("lines answered, not stored", "worker", When.AFTER, "tasks.formats:Pack.shares"),
+    Point(
+        "lines answered, not stored", "worker", When.AFTER, "tasks.line_format:LineWriter.answered"
+    ),
     Point("stored, not committed", "worker", When.BEFORE, "storage.chunks:Chunks.commit"),
     Point("within the commit", "worker", When.BEFORE, "storage.moves:fan_in"),
     Point("committed, not acknowledged", "worker", When.AFTER, "storage.chunks:Chunks.commit"),

@@ -8,9 +8,8 @@ harness (`crashing`) add what they were told about their commits.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -67,6 +66,8 @@ CREATE OR REPLACE TRIGGER chaos AFTER UPDATE ON jobs
 SAID = "INSERT INTO chaos_journal (what, job_id, chunk_id, token, items, worker) VALUES "
 """What a worker adds."""
 
+Holds = Callable[[str], bool]
+"""Has the object store this key?"""
 PATIENCE = 30.0
 """Seconds for a Postgres that somebody has just killed to come back."""
 _OPEN = "('queued', 'released', 'running')"
@@ -83,9 +84,9 @@ class Journal:
     def install(self) -> None:
         self.sql(TABLES)
 
-    def sql(self, text: str, *values: Any) -> list[tuple[Any, ...]]:
+    def sql(self, text: str, *values: Any, patience: float = PATIENCE) -> list[tuple[Any, ...]]:
         """Run a statement; its rows, if it has any."""
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + patience
         while True:
             try:
                 with closing(psycopg2.connect(self._dsn, connect_timeout=3)) as connection:
@@ -129,7 +130,7 @@ class Journal:
         )
         return int(row[0])
 
-    def rest(self, jobs: Collection[UUID], keys: Collection[str], objects: Path) -> Rest:
+    def rest(self, jobs: Collection[UUID], keys: Collection[str], holds: Holds) -> Rest:
         """What is left of these jobs, of the outbox and of the broker."""
         states = self.sql(
             "SELECT id, state FROM jobs WHERE id = ANY(%s::uuid[])", [str(job) for job in jobs]
@@ -143,7 +144,7 @@ class Journal:
         return Rest(
             states=dict(states),
             keys=by_key,
-            missing=[key for key in self._objects(jobs) if not (objects / key).exists()],
+            missing=[key for key in self._objects(jobs) if not holds(key)],
             outbox=int(outbox),
             hints=self.hints(),
         )

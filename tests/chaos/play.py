@@ -24,6 +24,7 @@ class Played:
     skipped: str = ""
     error: str = ""
     """The scenario itself failed: a traceback."""
+    notes: Sequence[str] = ()
 
     @property
     def problems(self) -> Sequence[str]:
@@ -48,7 +49,7 @@ def play(world: World, scenario: Scenario, *, long: bool) -> Played:
         return Played(scenario, time.monotonic() - began, run.since, skipped=str(skip))
     except Exception:
         return Played(scenario, time.monotonic() - began, run.since, error=traceback.format_exc())
-    return Played(scenario, time.monotonic() - began, run.since, verdict)
+    return Played(scenario, time.monotonic() - began, run.since, verdict, notes=run.notes)
 
 
 def evidence(world: World, played: Played) -> Path:

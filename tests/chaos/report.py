@@ -113,6 +113,12 @@ class Report:
             f" {wrong} wrong.**",
             table(self.rows()),
         ]
+        parts += [
+            f"{one.scenario.fault} {one.scenario.name}:\n\n"
+            + "\n".join(f"* {note}" for note in one.notes)
+            for one in self.played
+            if one.notes
+        ]
         if self.baseline:
             parts += ["## Beside it: plain Celery", _BASELINE, table(self.plain())]
         if skipped := [one for one in self.played if one.skipped]:

@@ -45,6 +45,11 @@ def test_what_failed_and_what_was_skipped_is_said() -> None:
     assert not failed.ok
 
 
+def test_figures_of_a_scenario_s_own_are_noted() -> None:
+    text = report(Played(FLUSH, 1.0, 0, GOOD, notes=["10 times that: 5 good ones"])).markdown()
+    assert "F4 FLUSHALL:\n\n* 10 times that: 5 good ones" in text
+
+
 def test_scenarios_are_chosen_by_fault_or_by_words() -> None:
     assert chosen([]) == SCENARIOS
     assert {scenario.fault for scenario in chosen(["F4", "F11"])} == {"F4", "F11"}

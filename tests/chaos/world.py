@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ops.embedded import Stack
 from ops.embedded.process import Process, StackError
 from tests.chaos.client import CHUNK, Client, Refused
-from tests.chaos.journal import Journal
+from tests.chaos.journal import Holds, Journal
 from tests.chaos.oracle import Due, Evidence, Item, Kill, Verdict, judge
 
 STORES = ("triton", "redis", "postgres")
@@ -38,6 +38,7 @@ SETTINGS = {
     "TIDEGATE_HINT_TIMEOUT": str(HINT),
     # Small, so that work is spread over many attempts.
     "TIDEGATE_CHUNK_ITEMS": str(CHUNK),
+    "TIDEGATE_MAX_BATCH_LINES": "1000000",
     # A storm hits the same chunk more often than life does; that attempts end is tested by itself.
     "TIDEGATE_MAX_ATTEMPTS": "50",
 }
@@ -62,7 +63,8 @@ class World:
         self.stack.open()
         self.stack.processes["worker"] = watched(self.stack.processes["worker"])
         self.journal = Journal(self.stack.env)
-        self.objects = self.stack.var / "objects"
+        objects = self.stack.var / "objects"
+        self.holds: Holds = lambda key: (objects / key).exists()
         self.wanted = {*STORES, *PRODUCT}
         """What should run: `revive` sees to it."""
 
@@ -186,6 +188,8 @@ class Run:
         self.idempotent = True
         self.kills: list[Kill] = []
         self.problems: list[str] = []
+        self.notes: list[str] = []
+        """Figures of its own, for the report."""
         world.revive()
         self.verdict: Verdict | None = None
         """Where a scenario had to have it before its world is put right again."""
@@ -264,6 +268,13 @@ class Run:
         """Wait until so many more items are committed."""
         target = self.committed + more
         return self.until(lambda: self.committed >= target, within, f"{more} more items")
+
+    def resumed(self, within: float) -> float:
+        """Seconds until the next commit, the restart of what is dead included."""
+        began = time.monotonic()
+        self.world.revive()
+        self.going(within=within)
+        return time.monotonic() - began
 
     def unended(self) -> int:
         return self.world.journal.unended([job.job for job in self.client.accepted])
@@ -356,7 +367,7 @@ class Run:
         settled = time.monotonic() + settle
         while True:
             rest = self.world.journal.rest(
-                [job.job for job in accepted], [job.key for job in accepted], self.world.objects
+                [job.job for job in accepted], [job.key for job in accepted], self.world.holds
             )
             if not (rest.outbox or rest.hints) or time.monotonic() > settled:
                 break

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from tritonclient.grpc import InferenceServerClient
 
 from errors import (
     BadRequest,
@@ -18,6 +19,7 @@ from errors import (
     DeadlineExceeded,
     ModelFailed,
     ModelNotFound,
+    ModelNotReady,
     TidegateError,
 )
 from inference.client import ModelServer, TritonServer
@@ -344,3 +346,29 @@ def test_the_repository_lists_what_is_loaded(server: ModelServer) -> None:
     assert server.repository_index(soon(), ready=True) == [
         entry for entry in index if entry.get("state") == "READY"
     ]
+
+
+# Models that come and go
+
+
+@pytest.mark.stack
+@pytest.mark.parametrize("version", ["", "1"])
+def test_a_model_that_was_unloaded_is_away_and_not_unknown(
+    triton_address: str, version: str
+) -> None:
+    """What is to be run waits for it."""
+    server = TritonServer(triton_address, 16 << 20)
+    request = InferRequest("identity", version, (INTS,))
+    with InferenceServerClient(triton_address) as triton:
+        triton.unload_model("identity")
+        try:
+            with pytest.raises(ModelNotReady):
+                server.infer(request, soon())
+            with pytest.raises(ModelNotReady):
+                server.metadata("identity", version, soon())
+            assert not server.ready(soon(), "identity", version)
+            assert server.ready(soon(), "digits")
+        finally:
+            triton.load_model("identity")
+    assert server.infer(request, soon()).outputs
+    server.close()

@@ -22,7 +22,7 @@ from tests.e2e.helpers import DIGITS, IDENTITY, Http, batch_line, ints, receive,
 pytestmark = pytest.mark.stack
 
 ENDED = ("completed", "failed", "expired", "cancelled")
-CHUNK = 256
+CHUNK = 8192
 """Lines of one chunk (TIDEGATE_CHUNK_ITEMS)."""
 
 
@@ -128,7 +128,7 @@ def test_a_file_over_the_limit_is_refused_before_it_is_sent(mine: Http) -> None:
         connection.putrequest("POST", "/v1/files")
         connection.putheader("Authorization", mine.headers["Authorization"])
         connection.putheader("Content-Type", "multipart/form-data; boundary=x")
-        connection.putheader("Content-Length", str(513 * MIB))
+        connection.putheader("Content-Length", str((8 << 30) + MIB))
         connection.endheaders()
         reply = receive(connection)
 

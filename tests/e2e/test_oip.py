@@ -59,7 +59,6 @@ QUESTIONS: Sequence[tuple[str, ...]] = (
     ("is_server_live",),
     ("is_server_ready",),
     ("get_server_metadata",),
-    ("get_model_repository_index",),
     ("get_inference_statistics",),
     *(
         (method, *model)
@@ -101,11 +100,28 @@ def test_statistics_of_an_unknown_model_are_not_found(
     assert (status, message) == ("404", theirs.call("get_inference_statistics", *model)[1])
 
 
-def test_the_index_can_leave_out_what_is_not_ready(gateway: Http, triton: Http) -> None:
+def test_the_index_has_every_model(ours: Server) -> None:
+    """What a Triton says whose repository anybody may ask for."""
+    index = ours.call("get_model_repository_index")
+
+    assert index == [
+        {"name": name, "version": "1", "state": "READY"} for name in ("digits", "identity")
+    ]
+
+
+def test_the_index_can_leave_out_what_is_not_ready(gateway: Http) -> None:
     ready = gateway.post("/v2/repository/index", {"ready": True}).json()
 
-    assert ready == triton.post("/v2/repository/index", {"ready": True}).json()
     assert {model["name"] for model in ready} == {"digits", "identity"}
+
+
+@pytest.mark.parametrize("change", ["load", "unload"])
+def test_nobody_loads_or_unloads_a_model_by_http(gateway: Http, triton: Http, change: str) -> None:
+    path = f"/v2/repository/models/digits/{change}"
+
+    assert gateway.post(path, {}).status == 404
+    assert triton.post(path, {}).status == 403
+    assert gateway.get("/v2/models/digits/ready").status == 200
 
 
 def test_health_needs_no_key(gateway: Http) -> None:

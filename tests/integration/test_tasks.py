@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
@@ -31,16 +32,18 @@ from errors import (
     Unavailable,
 )
 from inference import frames
-from inference.client import TritonServer
+from inference.client import CancelToken, TritonServer
 from inference.fake import Delay, Fail, FakeTriton
 from inference.tensors import InferRequest, InferResult, Outcome, Tensor
 from storage.dead_letters import LetterFilter
 from storage.files import FileRow, file_key
 from storage.redis_state import RedisState, Where
 from storage.work import Hint, NewBatch, NewJob
-from tasks import bootstrap, messages
+from tasks import batches, bootstrap, messages, pipeline
 from tasks.bootstrap import WorkerServices, build_worker_services
+from tasks.budget import RetryBudget
 from tasks.chunks import run_chunks
+from tasks.formats import Member, Pack
 from tasks.pump import Pump, publish
 from tasks.realtime import run_query, run_realtime
 from tasks.running import Running
@@ -136,7 +139,14 @@ def worker(
 ) -> Iterator[Worker]:
     """A worker with a tenant and a group of the test's own; `settings` may be changed by a mark."""
     group = f"g{secrets.token_hex(4)}"
-    own = replace(settings, group=group, triton_url=fake.address, chunk_items=4, catalog_ttl=0.001)
+    own = replace(
+        settings,
+        group=group,
+        triton_url=fake.address,
+        chunk_items=4,
+        max_batch_lines=1000,
+        catalog_ttl=0.001,
+    )
     own = replace(own, **getattr(request, "param", {}))
     build_app(own)
     hints: list[Hint] = []
@@ -308,6 +318,100 @@ def test_a_batch_answers_every_good_line_once_and_names_every_bad_one(worker: Wo
     assert (failed["custom_id"], failed["response"]["status_code"]) == ("row-16", 500)
     assert "not this one" in failed["response"]["body"]["error"]
     assert (row.items_total, row.items_ok, row.items_failed) == (21, 16, 5)
+
+
+@pytest.mark.parametrize("worker", [{"chunk_items": 1000}], indirect=True)
+def test_what_a_worker_does_not_get_to_in_time_becomes_chunks_of_their_own(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "TARGET", 0.0)
+    lines: list[Any] = [line(n) for n in range(1, 101)]
+    lines[49] = b"garbage"
+    lines[89] = line(1)
+    lines[97] = b" "
+    job = worker.batch(lines)
+    run_chunks.apply(kwargs={"ids": worker.release()}, throw=True)  # reads the file in
+    run_chunks.apply(kwargs={"ids": worker.release()}, throw=True)
+    row = worker.row(job)
+    # The first lines are done, and the others wait in pieces as large.
+    assert (row.items_ok, row.items_total, row.chunks_done, row.chunks_total) == (16, 99, 1, 7)
+    worker.work()
+    row = worker.row(job)
+    assert (row.state, row.items_ok, row.items_failed) == ("succeeded", 97, 2)
+    answers = [answer["custom_id"] for answer in worker.file(row.output_file_id)]
+    assert answers == [f"row-{n}" for n in range(1, 101) if n not in (50, 90, 98)]
+    errors = worker.file(row.error_file_id)
+    assert [(one["error"]["line"], one["error"]["code"]) for one in errors] == [
+        (50, "invalid_json"),
+        (90, "duplicate_custom_id"),
+    ]
+
+
+@pytest.mark.parametrize("worker", [{"chunk_items": 1000}], indirect=True)
+def test_a_batch_of_many_chunks_is_not_cut_finer(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "TARGET", 0.0)
+    monkeypatch.setattr(batches, "BUSY", 1)
+    job = worker.batch([line(n) for n in range(1, 101)])
+    run_chunks.apply(kwargs={"ids": worker.release()}, throw=True)
+    run_chunks.apply(kwargs={"ids": worker.release()}, throw=True)
+    assert (worker.row(job).chunks_done, worker.row(job).chunks_total) == (1, 2)
+    worker.work()
+    assert (worker.row(job).state, worker.row(job).items_ok) == ("succeeded", 100)
+
+
+@pytest.mark.parametrize("worker", [{"chunk_items": 1000}], indirect=True)
+def test_lines_of_different_shapes_share_calls_with_their_like_and_keep_their_order(
+    worker: Worker,
+) -> None:
+    def ragged(n: int) -> dict[str, Any]:
+        rows, width = 1 + n % 2, 1 + n % 3
+        data = [n] * (rows * width)
+        entry = {"name": "INTS", "shape": [rows, width], "datatype": "INT64", "data": data}
+        if n % 7 == 0:
+            entry = {"name": "TEXT", "shape": [1, 1], "datatype": "BYTES", "data": [f"{n}"]}
+        return line(n) | {"body": {"inputs": [entry]}}
+
+    before = worker.fake.counts("identity").received
+    job = worker.batch([ragged(n) for n in range(1, 121)])
+    worker.work()
+    row = worker.row(job)
+    assert (row.state, row.items_ok) == ("succeeded", 120)
+    answers = worker.file(row.output_file_id)
+    assert [one["custom_id"] for one in answers] == [f"row-{n}" for n in range(1, 121)]
+    for n, one in enumerate(answers, start=1):
+        (output,) = one["response"]["body"]["outputs"]
+        assert output["data"] == (ragged(n)["body"]["inputs"][0]["data"])
+        assert output["shape"] == ragged(n)["body"]["inputs"][0]["shape"]
+    # Seven kinds, of which the first of each is read with care and so goes apart.
+    assert worker.fake.counts("identity").received - before <= 14
+
+
+def test_a_model_that_takes_one_item_at_a_time_runs_several_at_once() -> None:
+    """In the pipeline, without the ledger: who is under way when the first is answered?"""
+    under_way: list[int] = []
+    most = 0
+
+    def start(request: InferRequest, *_: Any) -> Callable[[], Outcome]:
+        nonlocal most
+        under_way.append(1)
+        most = max(most, len(under_way))
+
+        def wait() -> Outcome:
+            under_way.pop()
+            return InferResult("m", "1", request.inputs)
+
+        return wait
+
+    packs = [Pack(ints(n), (Member(n, str(n)),)) for n in range(200)]
+    held = SimpleNamespace(
+        token=CancelToken(), until=None, claim=SimpleNamespace(token=1), blame=lambda error: error
+    )
+    services = SimpleNamespace(server=SimpleNamespace(start=start), budget=RetryBudget())
+    found = list(pipeline.run(services, held, iter(packs)))  # type: ignore[arg-type]
+    assert [answered.pack for answered in found] == packs
+    assert most == pipeline.AHEAD_ALONE
 
 
 @pytest.mark.parametrize("text", [b"", b"\n\n", b"\x89PNG\r\n\x00", b"not json\nnor this"])

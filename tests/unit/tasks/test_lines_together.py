@@ -19,7 +19,7 @@ from inference.metadata import ModelSpec, TensorSpec
 from inference.tensors import InferRequest, InferResult, Tensor
 from storage.lifecycle import ChunkKind, JobKind
 from storage.objects import DirectoryStore
-from storage.work import Claim
+from storage.work import ChunkPlan, Claim
 from tasks import batch_lines, line_format
 from tasks.batch_lines import BadLine, request_id
 from tasks.formats import Limits, Member, Pack, Refused, Source
@@ -280,3 +280,43 @@ def test_an_answer_without_form_in_json_is_named_and_its_neighbours_are_kept(
     assert (member.number, isinstance(error, ModelFailed)) == (1, False)
     (text,) = writer.close()
     assert json.loads(text)["custom_id"] == "b"
+
+
+@given(files(), st.sampled_from(SPECS), st.sets(st.integers(1, 25), max_size=2))
+def test_a_range_that_is_left_again_and_again_is_read_once(
+    store: DirectoryStore, texts: list[bytes], spec: ModelSpec, duplicates: set[int]
+) -> None:
+    text = b"\n".join(texts)
+    store.put("file", text)
+    claim = claim_of(text, tuple(sorted(duplicates)))
+    claim = replace(claim, items=sum(1 for line in texts if line.strip()))
+    source = Source(store, "file", CancelToken())
+    outputs, refused, _ = together(source, claim, spec)
+    writer, again = LineWriter(claim), []
+    rest: ChunkPlan | None = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(line_format, "ASK_EVERY", 3)
+        while claim.items:
+            rest = None
+            for found in Lines().read(source, claim, spec, LIMITS, lambda: True):
+                assert rest is None
+                if isinstance(found, ChunkPlan):
+                    rest = found
+                elif isinstance(found, Refused):
+                    again.append(found)
+                else:
+                    assert not writer.answered(found, answer(found.request))
+            if rest is None:
+                break
+            assert rest.items < claim.items
+            claim = replace(
+                claim,
+                items=rest.items,
+                first_line=rest.first_line,
+                byte_start=rest.byte_start,
+                byte_end=rest.byte_end,
+                duplicates=rest.duplicates,
+            )
+
+    assert list(writer.close()) == outputs
+    assert sorted(again, key=lambda one: one.number) == refused
