@@ -15,15 +15,15 @@ import sqlalchemy as sa
 from errors import ModelFailed, Unavailable
 from storage import fairness, moves, tables
 from storage.database import Database, Row
-from storage.lifecycle import ChunkKind, ChunkState, JobKind, JobState, Priority
+from storage.lifecycle import ChunkKind, ChunkState, JobKind, JobState
 from storage.work import Hint, Swept
 
 _jobs, _chunks = tables.jobs.c, tables.chunks.c
 
 CANDIDATES = 1024
 """Chunks of one tenant the pump looks at in one go."""
-HINT_CHUNKS = 64
-"""Most one-item chunks named by one hint: keeps the message far below 4 KiB."""
+HINT_CHUNKS = 128
+"""Most one-item chunks named by one hint: keeps the message below 4 KiB, whatever their ids."""
 MOST_AHEAD = 1000
 """Chunks counted before one that waits: what is further away than this is just far away."""
 LEAST_ROOM = 8 * HINT_CHUNKS
@@ -62,19 +62,20 @@ class Backlog:
         gets lost is found by `sweep`.
         """
         with self.database.transaction() as connection:
+            if not self._priorities(connection, group):
+                return []
             # One pump per group at a time. Waiting for it, not skipping: its snapshot may be older
             # than the row that made us call.
             connection.execute(
                 sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"pump:{group}")))
             )
-            released = self._load(connection, group, ChunkState.RELEASED)
-            running = self._load(connection, group, ChunkState.RUNNING)
+            released, running = self._loads(connection, group)
             budget = self.credit - released.items
             # Twice what runs now: a few seconds of work, whatever a chunk takes and however many
             # workers there are. More would only make the urgent wait behind the released.
             room = max(LEAST_ROOM, 2 * running.room) - released.room
             picked: list[int] = []
-            for priority in Priority:
+            for priority in self._priorities(connection, group):
                 if budget <= 0 or room <= 0:
                     break
                 chosen = self._choose(connection, group, priority, budget, room)
@@ -85,7 +86,7 @@ class Backlog:
                 return []
             rows = connection.execute(
                 sa.update(tables.chunks)
-                .where(_chunks.id.in_(picked), _chunks.state == ChunkState.QUEUED)
+                .where(_chunks.id.in_(picked), moves.still(_chunks.state == ChunkState.QUEUED))
                 .values(
                     state=ChunkState.RELEASED.value,
                     released_at=moves.clock,
@@ -104,24 +105,41 @@ class Backlog:
         order = {chunk: place for place, chunk in enumerate(picked)}
         return _hints(group, sorted(rows, key=lambda row: order[row.id]))
 
-    def _load(self, connection: sa.Connection, group: str, state: ChunkState) -> _Load:
-        total = connection.execute(
+    def _priorities(self, connection: sa.Connection, group: str) -> Sequence[int]:
+        """The classes in which something waits, the most urgent one first."""
+        return connection.execute(_PRIORITIES, {"group": group}).scalars().all()
+
+    def _loads(self, connection: sa.Connection, group: str) -> tuple[_Load, _Load]:
+        """What is in the broker, and what runs."""
+        rows = connection.execute(
             sa.select(
-                sa.func.coalesce(sa.func.sum(_chunks.item_count), 0).label("items"),
-                sa.func.coalesce(sa.func.sum(_ROOM), 0).label("room"),
-            ).where(_chunks.group_name == group, _chunks.state == state)
-        ).one()
-        return _Load(int(total.items), int(total.room))
+                _chunks.state,
+                sa.func.sum(_chunks.item_count).label("items"),
+                sa.func.sum(_ROOM).label("room"),
+            )
+            .where(
+                _chunks.group_name == group,
+                _chunks.state.in_([ChunkState.RELEASED, ChunkState.RUNNING]),
+            )
+            .group_by(_chunks.state)
+        )
+        loads = {row.state: _Load(int(row.items), int(row.room)) for row in rows}
+        return (
+            loads.get(ChunkState.RELEASED, _Load(0, 0)),
+            loads.get(ChunkState.RUNNING, _Load(0, 0)),
+        )
 
     def _choose(
-        self, connection: sa.Connection, group: str, priority: Priority, budget: int, room: int
+        self, connection: sa.Connection, group: str, priority: int, budget: int, room: int
     ) -> list[fairness.Waiting]:
         rows = connection.execute(
             _CANDIDATES,
             {
                 "group": group,
-                "priority": int(priority),
-                "limit": CANDIDATES,
+                "priority": priority,
+                # Each is locked, so not many more than can be picked; but one more, so that nobody
+                # seems to have nothing left who has.
+                "limit": min(CANDIDATES, budget, room) + 1,
                 "whole": HINT_CHUNKS,
             },
         ).all()
@@ -133,7 +151,7 @@ class Backlog:
             waiting[row.id] = fairness.Waiting(row.id, row.items, row.room)
             backlog.setdefault(row.tenant_id, []).append(waiting[row.id])
         share = tables.shares.c
-        mine = sa.and_(share.group_name == group, share.priority == int(priority))
+        mine = sa.and_(share.group_name == group, share.priority == priority)
         deficits = {
             row.tenant_id: row.deficit
             for row in connection.execute(sa.select(share.tenant_id, share.deficit).where(mine))
@@ -148,7 +166,7 @@ class Backlog:
                     [
                         {
                             "group_name": group,
-                            "priority": int(priority),
+                            "priority": priority,
                             "tenant_id": tenant,
                             "deficit": deficit,
                         }
@@ -367,8 +385,26 @@ _ROOM = sa.case(
 )
 """What a chunk takes of a hint, in shares of `HINT_CHUNKS`."""
 
-# A loose index scan: one probe per tenant with work, then that tenant's oldest rows, so that the
-# cost follows the number of tenants and not the backlog.
+# A loose index scan: one probe per class with work.
+_PRIORITIES = sa.text(
+    """
+    WITH RECURSIVE waiting AS (
+        (SELECT priority FROM chunks WHERE state = 'queued' AND group_name = :group
+          ORDER BY priority LIMIT 1)
+        UNION ALL
+        SELECT (SELECT c.priority FROM chunks c
+                 WHERE c.state = 'queued' AND c.group_name = :group
+                   AND c.priority > waiting.priority
+                 ORDER BY c.priority LIMIT 1)
+          FROM waiting WHERE waiting.priority IS NOT NULL
+    )
+    SELECT priority FROM waiting WHERE priority IS NOT NULL ORDER BY priority
+    """
+)
+
+# One probe per tenant with work, then that tenant's oldest rows, so that the cost follows the
+# number of tenants and not the backlog. A tenant's rows are a range of the backlog's own index, in
+# its order, so that no other will do: one over all chunks would walk over everything that ever ran.
 _CANDIDATES = sa.text(
     """
     WITH RECURSIVE waiting AS (
@@ -391,8 +427,9 @@ _CANDIDATES = sa.text(
                     THEN 1 ELSE :whole END AS room
           FROM chunks c
          WHERE c.state = 'queued' AND c.group_name = :group AND c.priority = :priority
-           AND c.tenant_id = waiting.tenant_id AND c.not_before <= now()
-         ORDER BY c.id LIMIT :limit
+           AND (c.tenant_id, c.id) >= (waiting.tenant_id, 0) AND c.tenant_id <= waiting.tenant_id
+           AND c.not_before <= now()
+         ORDER BY c.tenant_id, c.id LIMIT :limit
          FOR UPDATE SKIP LOCKED
      ) oldest
     """

@@ -63,29 +63,28 @@ class Chunks:
             if not held:
                 return []
             rows = connection.execute(_CLAIMED, {"ids": held}).all()
-            connection.execute(
-                sa.update(tables.jobs)
-                .where(
-                    _jobs.id.in_({row.job_id for row in rows}),
-                    _jobs.kind == JobKind.INFER,
-                    _jobs.state.in_([JobState.QUEUED, JobState.RUNNING]),
+            singles = {row.job_id for row in rows if row.job_kind == JobKind.INFER}
+            if singles:
+                connection.execute(
+                    sa.update(tables.jobs)
+                    .where(
+                        _jobs.id.in_(singles),
+                        moves.still(_jobs.state.in_([JobState.QUEUED, JobState.RUNNING])),
+                    )
+                    .values(
+                        state=JobState.RUNNING.value,
+                        started_at=sa.func.coalesce(_jobs.started_at, moves.now),
+                        attempts=_jobs.attempts + 1,
+                        worker=worker,
+                    )
                 )
-                .values(
-                    state=JobState.RUNNING.value,
-                    started_at=sa.func.coalesce(_jobs.started_at, moves.now),
-                    attempts=_jobs.attempts + 1,
-                    worker=worker,
+            batches = {row.job_id for row in rows if row.job_kind == JobKind.BATCH}
+            if batches:
+                connection.execute(
+                    sa.update(tables.jobs)
+                    .where(_jobs.id.in_(batches), _jobs.started_at.is_(None))
+                    .values(started_at=moves.now)
                 )
-            )
-            connection.execute(
-                sa.update(tables.jobs)
-                .where(
-                    _jobs.id.in_({row.job_id for row in rows}),
-                    _jobs.kind == JobKind.BATCH,
-                    _jobs.started_at.is_(None),
-                )
-                .values(started_at=moves.now)
-            )
         return [_claim(row, self.max_attempts) for row in rows]
 
     def renew(self, claims: Sequence[Claim]) -> None:
@@ -178,17 +177,8 @@ class Chunks:
             return set()
         with self.database.transaction() as connection:
             moves.lock_jobs(connection, _jobs.id.in_({item.claim.job_id for item in done}))
-            values = sa.values(
-                sa.column("id", sa.BigInteger),
-                sa.column("token", sa.BigInteger),
-                sa.column("output_key", sa.Text),
-                sa.column("error_key", sa.Text),
-                sa.column("items_ok", sa.BigInteger),
-                sa.column("items_failed", sa.BigInteger),
-                sa.column("item_count", sa.BigInteger),
-                sa.column("byte_end", sa.BigInteger),
-                name="done",
-            ).data(
+            values = moves.table(
+                "done",
                 [
                     (
                         d.claim.id,
@@ -201,7 +191,15 @@ class Chunks:
                         d.rest[0].byte_start if d.rest else d.claim.byte_end,
                     )
                     for d in done
-                ]
+                ],
+                id=sa.BigInteger(),
+                token=sa.BigInteger(),
+                output_key=sa.Text(),
+                error_key=sa.Text(),
+                items_ok=sa.BigInteger(),
+                items_failed=sa.BigInteger(),
+                item_count=sa.BigInteger(),
+                byte_end=sa.BigInteger(),
             )
             committed = set(
                 connection.execute(
@@ -214,8 +212,8 @@ class Chunks:
                         state=ChunkState.DONE.value,
                         finished_at=moves.clock,
                         lease_until=None,
-                        output_key=sa.cast(values.c.output_key, sa.Text),
-                        error_key=sa.cast(values.c.error_key, sa.Text),
+                        output_key=values.c.output_key,
+                        error_key=values.c.error_key,
                         items_ok=values.c.items_ok,
                         items_failed=values.c.items_failed,
                         item_count=values.c.item_count,

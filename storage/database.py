@@ -22,8 +22,15 @@ _SESSION = " ".join(
         "idle_in_transaction_session_timeout": 10_000,
     }.items()
 )
+_CONTENDED = {"40P01", "55P03", "57014"}
+"""Of SQLSTATE: a deadlock, a lock that took too long, a statement that did."""
 Row = sa.Row[*tuple[Any, ...]]
 """A row of whatever columns."""
+
+
+class Contended(Unavailable):
+    """Postgres is there, but gave this transaction up: somebody else was in its way. Nothing of it
+    has happened."""
 
 
 class Database:
@@ -57,12 +64,15 @@ class Database:
         """One transaction: committed on leaving, rolled back on any error.
 
         Keep Triton, object store and Redis calls outside: a lock held across one is a lock held
-        for as long as they like. Raises `Unavailable` where Postgres is out of reach.
+        for as long as they like. Raises `Unavailable` where Postgres is out of reach, `Contended`
+        where others kept it too busy.
         """
         try:
             with self._engine.begin() as connection:
                 yield connection
         except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError) as error:
+            if getattr(getattr(error, "orig", None), "pgcode", None) in _CONTENDED:
+                raise Contended("the database is busy", retry_after=1) from error
             raise Unavailable("the database is out of reach", retry_after=1) from error
 
     def now(self) -> datetime:

@@ -6,13 +6,13 @@ the other, and whoever comes second waits for that transaction and finds what it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 import uuid_utils.compat as uuids
-from sqlalchemy.dialects.postgresql import insert
 
 from errors import KeyReused
 from storage import moves, tables
@@ -40,30 +40,90 @@ def settle(connection: sa.Connection, once: Once | None, made: UUID) -> UUID:
     `KeyReused`."""
     if once is None:
         return made
-    row = insert(tables.idempotency_keys).values(
-        tenant_id=once.tenant_id,
-        route=once.route,
-        key=once.key,
-        fingerprint=once.fingerprint,
-        resource_id=made,
-    )
-    ours = connection.execute(
-        # The conflicting row is locked whether or not it is replaced: retention can't take it from
-        # under the question what it says.
-        row.on_conflict_do_update(
-            index_elements=[_keys.tenant_id, _keys.route, _keys.key],
-            set_={
-                "fingerprint": row.excluded.fingerprint,
-                "resource_id": row.excluded.resource_id,
-                "created_at": moves.now,
+    (kept,) = settle_all(connection, [(once, made)])
+    if isinstance(kept, KeyReused):
+        raise kept
+    return kept
+
+
+def settle_all(
+    connection: sa.Connection, asked: Sequence[tuple[Once, UUID]]
+) -> list[UUID | KeyReused]:
+    """The same for several requests whose work one transaction does: the first of those with one
+    key is the earlier one of the others. All keys live equally long."""
+    if not asked:
+        return []
+    (ttl,) = {once.ttl for once, _ in asked}
+    first: dict[_Name, tuple[Once, UUID]] = {}
+    for once, made in asked:
+        first.setdefault(_name(once), (once, made))
+    # In one order everywhere, as with every other row that is locked.
+    names = sorted(first)
+    ours = {
+        (row.tenant_id, row.route, row.key)
+        for row in connection.execute(
+            _SETTLE,
+            {
+                **_named(names),
+                "fingerprints": [first[name][0].fingerprint for name in names],
+                "made": [str(first[name][1]) for name in names],
+                "ttl": ttl,
             },
-            where=~_fresh(once),
-        ).returning(_keys.resource_id)
-    ).one_or_none()
-    if ours is not None:
+        )
+    }
+    kept = {name: (once.fingerprint, made) for name, (once, made) in first.items()}
+    others = [name for name in names if name not in ours]
+    if others:
+        # The insert has locked the rows that it ran into: they are there.
+        for row in connection.execute(_KEPT, _named(others)):
+            kept[row.tenant_id, row.route, row.key] = (bytes(row.fingerprint), row.resource_id)
+    return [_answer(once, *kept[_name(once)]) for once, _ in asked]
+
+
+def _answer(once: Once, fingerprint: bytes, made: UUID) -> UUID | KeyReused:
+    if fingerprint == once.fingerprint:
         return made
-    # The insert has locked the row that it ran into: it is there.
-    return _earlier(connection, once) or made
+    return KeyReused(
+        "Idempotency-Key: was used for another request; take a new one for this",
+        param="Idempotency-Key",
+    )
+
+
+_Name = tuple[UUID, str, str]
+
+
+def _name(once: Once) -> _Name:
+    return once.tenant_id, once.route, once.key
+
+
+def _named(names: Sequence[_Name]) -> dict[str, list[str]]:
+    tenants, routes, keys = zip(*names, strict=True)
+    return {"tenants": [str(one) for one in tenants], "routes": [*routes], "keys": [*keys]}
+
+
+_NAMES = "CAST(:tenants AS uuid[]), CAST(:routes AS text[]), CAST(:keys AS text[])"
+# The conflicting row is locked whether or not it is replaced: retention can't take it from under
+# the question what it says.
+_SETTLE = sa.text(
+    f"""
+    INSERT INTO idempotency_keys AS known (tenant_id, route, key, fingerprint, resource_id)
+    SELECT *
+      FROM unnest({_NAMES}, CAST(:fingerprints AS bytea[]), CAST(:made AS uuid[]))
+        ON CONFLICT (tenant_id, route, key) DO UPDATE
+       SET fingerprint = excluded.fingerprint,
+           resource_id = excluded.resource_id,
+           created_at = now()
+     WHERE known.created_at <= now() - make_interval(secs => :ttl)
+    RETURNING tenant_id, route, key
+    """  # noqa: S608 - constants of ours
+)
+_KEPT = sa.text(
+    f"""
+    SELECT known.tenant_id, known.route, known.key, known.fingerprint, known.resource_id
+      FROM idempotency_keys AS known
+      JOIN unnest({_NAMES}) AS asked (tenant_id, route, key) USING (tenant_id, route, key)
+    """  # noqa: S608 - constants of ours
+)
 
 
 def seen(connection: sa.Connection, once: Once | None) -> bool:
@@ -107,12 +167,9 @@ def _earlier(connection: sa.Connection, once: Once) -> UUID | None:
     ).one_or_none()
     if row is None:
         return None
-    if bytes(row.fingerprint) != once.fingerprint:
-        raise KeyReused(
-            "Idempotency-Key: was used for another request; take a new one for this",
-            param="Idempotency-Key",
-        )
-    found: UUID = row.resource_id
+    found = _answer(once, bytes(row.fingerprint), row.resource_id)
+    if isinstance(found, KeyReused):
+        raise found
     return found
 
 

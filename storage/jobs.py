@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 
-from errors import Conflict, Gone, NotFound
+from errors import Conflict, Gone, KeyReused, NotFound, TidegateError, Unavailable
 from storage import idempotency, moves, tables
 from storage.database import Database, Row
 from storage.files import require_file
@@ -21,30 +22,69 @@ _jobs, _batches = tables.jobs.c, tables.batches.c
 
 
 @dataclass(frozen=True, slots=True)
+class Accepted:
+    """A job that is durable."""
+
+    id: UUID
+    row: Row | None = None
+    """As `Jobs.get` reads it, but for a batch's columns. None for one that was there before."""
+
+
+@dataclass(frozen=True, slots=True)
 class Jobs:
     """Every method is one transaction; safe to share between threads."""
 
     database: Database
     garbage_age: float = 3600.0
 
-    def submit(self, jobs: Sequence[NewJob], once: Once | None = None) -> UUID:
-        """Accept one-item jobs; when this returns they are durable. The first one's id, or, where
-        `once` was there before, the earlier job's, and nothing has been accepted. Raises
-        `KeyReused`."""
+    def submit(
+        self, jobs: Sequence[NewJob], keys: Mapping[UUID, Once] | None = None
+    ) -> list[Accepted | KeyReused | Unavailable]:
+        """Accept one-item jobs; when this returns, those accepted are durable. `keys`, by job id:
+        where a key was there before, the earlier job is what has been accepted. A job that may not
+        be accepted comes to its own error and keeps none of the others from it; an error of the
+        database's is everybody's, and is raised.
+        """
         with self.database.transaction() as connection:
-            first = idempotency.settle(connection, once, jobs[0].id)
-            if first != jobs[0].id:
-                return first
-            moves.require_fresh(connection, [job.stored_since for job in jobs], self.garbage_age)
-            self._insert(connection, jobs, JobKind.INFER)
-            moves.insert_chunks(
-                connection,
-                [
-                    moves.chunk_row(job, seq=1, kind=ChunkKind.INFER, plan=ChunkPlan(1, 1, 0, 0))
-                    for job in jobs
-                ],
+            refused = self._stale(connection, jobs)
+            asked = [
+                (once, job.id)
+                for job in jobs
+                if (once := (keys or {}).get(job.id)) and job.id not in refused
+            ]
+            settled = dict(
+                zip(
+                    [made for _, made in asked],
+                    idempotency.settle_all(connection, asked),
+                    strict=True,
+                )
             )
-        return first
+            outcomes = refused | settled
+            fresh = [job for job in jobs if outcomes.get(job.id, job.id) == job.id]
+            rows = self._insert(connection, fresh, JobKind.INFER)
+            if rows:
+                connection.execute(_SINGLES, {"ids": [str(job_id) for job_id in rows]})
+        return [
+            found
+            if isinstance(found := outcomes.get(job.id, job.id), TidegateError)
+            else Accepted(found, rows.get(found) if found == job.id else None)
+            for job in jobs
+        ]
+
+    def _stale(
+        self, connection: sa.Connection, jobs: Sequence[NewJob]
+    ) -> dict[UUID, UUID | KeyReused | Unavailable]:
+        """Jobs whose input was stored too long ago."""
+        stored = [job for job in jobs if job.stored_since is not None]
+        try:
+            moves.require_fresh(connection, [job.stored_since for job in stored], self.garbage_age)
+        except Unavailable as error:
+            if len(stored) == 1:
+                return {stored[0].id: error}
+            return {
+                name: why for job in stored for name, why in self._stale(connection, [job]).items()
+            }
+        return {}
 
     def submit_batch(self, job: NewJob, batch: NewBatch, once: Once | None = None) -> UUID:
         """Accept a batch: its id, or, as with `submit`, an earlier one's. Its first chunk reads
@@ -77,32 +117,32 @@ class Jobs:
             )
         return made
 
-    def _insert(self, connection: sa.Connection, jobs: Sequence[NewJob], kind: JobKind) -> None:
-        one = kind is JobKind.INFER
-        connection.execute(
-            sa.insert(tables.jobs).values(
-                deadline_at=moves.now + sa.bindparam("deadline", type_=sa.Interval)
-            ),
-            [
-                {
-                    "id": job.id,
-                    "tenant_id": job.tenant_id,
-                    "kind": kind.value,
-                    "group_name": job.group,
-                    "model": job.model,
-                    "version": job.version,
-                    "priority": int(job.priority),
-                    "state": JobState.QUEUED.value,
-                    "input": job.input,
-                    "input_key": job.input_key,
-                    "metadata": dict(job.metadata) if job.metadata else None,
-                    "chunks_total": 1 if one else 0,
-                    "items_total": 1 if one else 0,
-                    "deadline": timedelta(seconds=job.deadline),
-                }
-                for job in jobs
-            ],
+    def _insert(
+        self, connection: sa.Connection, jobs: Sequence[NewJob], kind: JobKind
+    ) -> dict[UUID, Row]:
+        """The rows, by id, as they read from now on."""
+        if not jobs:
+            return {}
+        rows = connection.execute(
+            _INSERT,
+            {
+                "kind": kind.value,
+                "one": int(kind is JobKind.INFER),
+                "ids": [str(job.id) for job in jobs],
+                "tenants": [str(job.tenant_id) for job in jobs],
+                "groups": [job.group for job in jobs],
+                "models": [job.model for job in jobs],
+                "versions": [job.version for job in jobs],
+                "priorities": [int(job.priority) for job in jobs],
+                "inputs": [job.input for job in jobs],
+                "input_keys": [job.input_key for job in jobs],
+                "metadata": [
+                    json.dumps(dict(job.metadata)) if job.metadata else None for job in jobs
+                ],
+                "deadlines": [job.deadline for job in jobs],
+            },
         )
+        return {row.id: row for row in rows}
 
     def cancel(
         self, tenant_id: UUID, job_id: UUID, kinds: Sequence[JobKind] = tuple(JobKind)
@@ -142,13 +182,21 @@ class Jobs:
         state: JobState | None = None,
     ) -> Sequence[Row]:
         """Newest first, those older than `after`."""
-        query = _VIEW.where(_jobs.tenant_id == tenant_id, _jobs.kind.in_(kinds))
-        if after is not None:
-            query = query.where(_jobs.id < after)
-        if state is not None:
-            query = query.where(_jobs.state == state)
+        place: dict[sa.ColumnElement[Any], Any]
+        if tuple(kinds) == (JobKind.BATCH,):
+            # Few among many jobs: found by their own table.
+            place = {_batches.tenant_id: tenant_id, _batches.job_id: after or _LAST}
+            query = _VIEW.where(_jobs.tenant_id == tenant_id, _batches.job_id.is_not(None))
+            if state is not None:
+                query = query.where(_jobs.state == state)
+        else:
+            place = {_jobs.tenant_id: tenant_id}
+            if state is not None:
+                place[_jobs.state] = state.value
+            place[_jobs.id] = after or _LAST
+            query = _VIEW.where(_jobs.kind.in_(kinds))
         with self.database.transaction() as connection:
-            return connection.execute(query.order_by(_jobs.id.desc()).limit(limit)).all()
+            return connection.execute(_older(query, place).limit(limit)).all()
 
     def pulses(self, ids: Iterable[UUID]) -> dict[UUID, Pulse]:
         """How these jobs are doing, as far as they exist."""
@@ -179,8 +227,25 @@ class Jobs:
         return row.result, row.result_key
 
 
+_LAST = UUID(int=2**128 - 1)
+"""No id comes after it."""
+
+
+def _older(query: sa.Select[Any], place: Mapping[sa.ColumnElement[Any], Any]) -> sa.Select[Any]:
+    """The rows before a place in an index, backwards: those alike in all of its columns but the
+    last. As a range of that index, in its order, so that no other will do: one by id alone would
+    walk over everybody's newer rows."""
+    columns = [*place]
+    values = [sa.literal(value, column.type) for column, value in place.items()]
+    return query.where(
+        sa.tuple_(*columns) < sa.tuple_(*values),
+        sa.tuple_(*columns[:-1]) >= sa.tuple_(*values[:-1]),
+    ).order_by(*(column.desc() for column in columns))
+
+
+_SHOWN = [column for column in tables.jobs.c if column.name not in ("input", "result")]
 _VIEW = sa.select(
-    *(column for column in tables.jobs.c if column.name not in ("input", "result")),
+    *_SHOWN,
     _batches.endpoint,
     _batches.completion_window,
     _batches.input_file_id,
@@ -188,3 +253,39 @@ _VIEW = sa.select(
     _batches.error_file_id,
     _batches.errors,
 ).outerjoin(tables.batches, _batches.job_id == _jobs.id)
+
+# One statement for however many: the server reads arrays faster than as many rows of values.
+_INSERT = sa.text(
+    f"""
+    INSERT INTO jobs (
+        id, tenant_id, kind, group_name, model, version, priority, state, input, input_key,
+        metadata, chunks_total, items_total, deadline_at
+    )
+    SELECT id, tenant_id, :kind, group_name, model, version, priority, '{JobState.QUEUED}', input,
+           input_key, metadata, :one, :one, now() + make_interval(secs => deadline)
+      FROM unnest(
+        CAST(:ids AS uuid[]), CAST(:tenants AS uuid[]), CAST(:groups AS text[]),
+        CAST(:models AS text[]), CAST(:versions AS text[]), CAST(:priorities AS smallint[]),
+        CAST(:inputs AS bytea[]), CAST(:input_keys AS text[]), CAST(:metadata AS jsonb[]),
+        CAST(:deadlines AS float8[])
+      ) AS asked (
+        id, tenant_id, group_name, model, version, priority, input, input_key, metadata, deadline
+      )
+    RETURNING {", ".join(column.name for column in _SHOWN)}
+    """  # noqa: S608 - constants of ours
+)
+
+# Of one-item jobs; in the order in which they came: their ids are.
+_SINGLES = sa.text(
+    f"""
+    INSERT INTO chunks (
+        job_id, seq, kind, tenant_id, group_name, model, version, priority, state, item_count,
+        first_line
+    )
+    SELECT id, 1, '{ChunkKind.INFER}', tenant_id, group_name, model, version, priority,
+           '{ChunkState.QUEUED}', 1, 1
+      FROM jobs
+     WHERE id = ANY(CAST(:ids AS uuid[]))
+     ORDER BY id
+    """  # noqa: S608 - constants of ours
+)

@@ -61,15 +61,39 @@ def require_fresh(
         raise Unavailable("it took too long to store what came with this", retry_after=1)
 
 
+def still(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+    """A condition on rows that are found by their ids. Written so that no index answers to it: a
+    queue fills before the planner hears of it, and what it takes for a few rows of one state may
+    be all that wait."""
+    return condition.is_(sa.true())
+
+
+def table(
+    name: str, rows: Sequence[Sequence[Any]], **columns: sa.types.TypeEngine[Any]
+) -> sa.TableValuedAlias:
+    """Rows of values to join with, as one array a column: the statement is the same, and compiled
+    once, however many there are."""
+    arrays = [
+        sa.cast(sa.literal([row[at] for row in rows], sa.ARRAY(kind)), sa.ARRAY(kind))
+        for at, kind in enumerate(columns.values())
+    ]
+    named = [sa.column(column, kind) for column, kind in columns.items()]
+    return sa.func.unnest(*arrays).table_valued(*named, name=name).render_derived()
+
+
 def fence(token: Any) -> sa.ColumnElement[bool]:
     """Nobody newer than the claim of this token has claimed, ended or buried the chunk."""
-    return sa.and_(_chunks.lease_token == token, _chunks.state == ChunkState.RUNNING)
+    return sa.and_(_chunks.lease_token == token, still(_chunks.state == ChunkState.RUNNING))
 
 
 def held(claims: Sequence[Claim]) -> sa.ColumnElement[bool]:
     """Those chunks of these claims that are still theirs."""
     newest = newest_tokens(claims)
-    return sa.and_(_chunks.id.in_(list(newest)), fence(sa.case(newest, value=_chunks.id)))
+    theirs = table("held", [*newest.items()], id=sa.BigInteger(), token=sa.BigInteger())
+    return sa.and_(
+        sa.tuple_(_chunks.id, _chunks.lease_token).in_(sa.select(theirs.c.id, theirs.c.token)),
+        still(_chunks.state == ChunkState.RUNNING),
+    )
 
 
 def newest_tokens(claims: Sequence[Claim]) -> dict[int, int]:
@@ -196,15 +220,8 @@ def _end_of(item: Done) -> JobState:
 def finish_single(connection: sa.Connection, done: Sequence[Done]) -> None:
     if not done:
         return
-    values = sa.values(
-        sa.column("id", sa.UUID),
-        sa.column("state", sa.Text),
-        sa.column("result", sa.LargeBinary),
-        sa.column("result_key", sa.Text),
-        sa.column("error", tables.JSON),
-        sa.column("ok", sa.BigInteger),
-        name="done",
-    ).data(
+    values = table(
+        "done",
         [
             (
                 item.claim.job_id,
@@ -215,16 +232,22 @@ def finish_single(connection: sa.Connection, done: Sequence[Done]) -> None:
                 item.items_ok,
             )
             for item in done
-        ]
+        ],
+        id=sa.UUID(),
+        state=sa.Text(),
+        result=sa.LargeBinary(),
+        result_key=sa.Text(),
+        error=tables.JSON,
+        ok=sa.BigInteger(),
     )
     ended = connection.execute(
         sa.update(tables.jobs)
-        .where(_jobs.id == values.c.id, _jobs.state.in_(sources(JobState.SUCCEEDED)))
+        .where(_jobs.id == values.c.id, still(_jobs.state.in_(sources(JobState.SUCCEEDED))))
         .values(
             state=values.c.state,
-            result=sa.cast(values.c.result, sa.LargeBinary),
-            result_key=sa.cast(values.c.result_key, sa.Text),
-            error=sa.cast(values.c.error, tables.JSON),
+            result=values.c.result,
+            result_key=values.c.result_key,
+            error=values.c.error,
             items_ok=values.c.ok,
             items_failed=1 - values.c.ok,
             chunks_done=1,
@@ -257,7 +280,7 @@ def finalize(connection: sa.Connection, job_id: UUID, state: JobState, outcome: 
     entered = _jobs.finalizing_at if state is JobState.FINALIZING else _jobs.cancelling_at
     job = connection.execute(
         sa.update(tables.jobs)
-        .where(_jobs.id == job_id, _jobs.state.in_(sources(state)))
+        .where(_jobs.id == job_id, still(_jobs.state.in_(sources(state))))
         .values({"state": state.value, "outcome": outcome.value, entered.name: clock})
         .returning(*tables.jobs.c)
     ).one_or_none()
@@ -290,7 +313,7 @@ def end_job(
         values["error"] = error
     ended = connection.execute(
         sa.update(tables.jobs)
-        .where(which, _jobs.state.in_(sources(state)))
+        .where(which, still(_jobs.state.in_(sources(state))))
         .values(values)
         .returning(_jobs.id)
     )
@@ -360,7 +383,7 @@ def stop_jobs(
 def _stop_chunks(connection: sa.Connection, ids: Sequence[UUID], chunk: ChunkState) -> None:
     connection.execute(
         sa.update(tables.chunks)
-        .where(_chunks.job_id.in_(ids), _chunks.state.in_(chunk_sources(chunk)))
+        .where(_chunks.job_id.in_(ids), still(_chunks.state.in_(chunk_sources(chunk))))
         .values(
             state=chunk.value,
             finished_at=clock,

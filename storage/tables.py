@@ -128,6 +128,7 @@ jobs = Table(
     # The job whose dead letters this one runs again.
     Column("redrive_of", UUID(as_uuid=True)),
     Index("ix_jobs_list", "tenant_id", "id"),
+    Index("ix_jobs_list_by_state", "tenant_id", "state", "id"),
     Index("ix_jobs_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
     # A redriven job has the input of the job before it: who else names this object?
     Index("ix_jobs_input_key", "input_key", postgresql_where=text("input_key IS NOT NULL")),

@@ -22,6 +22,7 @@ from web import offload
 from web.answers import SharedAnswers
 from web.cache import ResponseCache
 from web.catalog import Catalog
+from web.intake import Intake
 from web.lane import RealtimeLane
 from web.metrics import Metrics
 from web.recorder import Recorder
@@ -152,6 +153,7 @@ class Gateway:
     catalog: Catalog
     cache: ResponseCache
     metrics: Metrics
+    intake: Intake
     recorder: Recorder
     waiter: JobWaiter
     streams: Streams
@@ -185,6 +187,7 @@ class Gateway:
                 limit=settings.cache_bytes,
             ),
             metrics=metrics,
+            intake=Intake(services.jobs, services.pump.kick),
             recorder=Recorder(services.records),
             waiter=JobWaiter(services.jobs),
             streams=Streams(settings.max_streams, settings.max_tenant_streams),
@@ -192,6 +195,7 @@ class Gateway:
 
     def close(self) -> None:
         """Write what is still to be written, and let go."""
+        self.intake.stop()
         self.recorder.stop()
         self.cache.stop()
         self.lane.stop()

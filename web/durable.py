@@ -15,6 +15,7 @@ from inference import frames
 from inference.tensors import InferRequest, InferResult
 from storage import time_limit
 from storage.idempotency import Once
+from storage.jobs import Accepted
 from storage.lifecycle import JobState, Priority
 from storage.work import NewJob
 from web import idempotency, views
@@ -33,7 +34,7 @@ def submit(
     priority: Priority = Priority.NORMAL,
     metadata: Mapping[str, str] | None = None,
     once: Once | None = None,
-) -> UUID:
+) -> Accepted:
     """Accept one inference as a job to end within so many seconds. It is durable on return. With
     `once`, the job may be one that was accepted earlier."""
     services = gateway().services
@@ -41,6 +42,9 @@ def submit(
     frame: bytes | None = (encoded := frames.encode_requests([asked]))
     key = since = None
     if len(encoded) > services.settings.inline_bytes:
+        if (earlier := idempotency.earlier(once)) is not None:
+            # Before anything is stored for nothing.
+            return Accepted(earlier)
         key = f"jobs/{tenant().hex}/{job_id.hex}/input"
         since = services.database.now()
         with time_limit.within(within) as limit:
@@ -61,31 +65,30 @@ def submit(
         stored_since=since,
         metadata=metadata,
     )
-    kept = idempotency.keep(job_id, lambda: services.jobs.submit([job], once), key)
-    services.pump.kick(services.settings.group)
-    return kept
+    return idempotency.keep(job_id, lambda: gateway().intake.submit(job, once), key)
 
 
 def infer(
-    job_id: UUID, preferred: Preference, *, render: Callable[[InferResult], Response]
+    job: Accepted, preferred: Preference, *, render: Callable[[InferResult], Response]
 ) -> Response:
     """202 with the job, or, where it ends while the client waits, its answer."""
-    if preferred.wait is not None and not preferred.respond_async:
-        until = time.monotonic() + preferred.wait
-        gateway().waiter.wait(job_id, preferred.wait)
-        row = _row(job_id)
-        if JobState(row.state).terminal:
-            with time_limit.within(max(LAST_READ, until - time.monotonic())):
-                found = result(job_id, row)
-            response = render(found)
-            response.headers.update(preferred.applied())
-            return response
-    return accepted(job_id, preferred)
+    until = time.monotonic() + (preferred.wait or 0.0)
+    row = _awaited(job, preferred)
+    if preferred.waits and JobState(row.state).terminal:
+        with time_limit.within(max(LAST_READ, until - time.monotonic())):
+            found = result(job.id, row)
+        response = render(found)
+        response.headers.update(preferred.applied())
+        return response
+    return _shown(row, preferred, ended=202)
 
 
-def accepted(job_id: UUID, preferred: Preference, *, ended: int = 202) -> Response:
-    """The job, and where to look; status `ended` where it has reached its end."""
-    row = _row(job_id)
+def accepted(job: Accepted, preferred: Preference) -> Response:
+    """The job, and where to look: 202, or 200 where it ends while the client waits."""
+    return _shown(_awaited(job, preferred), preferred, ended=200 if preferred.waits else 202)
+
+
+def _shown(row: Any, preferred: Preference, *, ended: int) -> Response:
     job = views.job(row)
     headers = {"Location": job["urls"]["self"], **preferred.applied()}
     terminal = JobState(row.state).terminal
@@ -94,11 +97,17 @@ def accepted(job_id: UUID, preferred: Preference, *, ended: int = 202) -> Respon
     return respond(job, ended if terminal else 202, headers)
 
 
-def _row(job_id: UUID) -> Any:
-    """The job that a request was about, which may be one that it had made before."""
-    g.job_id = job_id
+def _awaited(job: Accepted, preferred: Preference) -> Any:
+    """The job's row, once the client has waited as long as it prefers. What has just been accepted
+    need not be read again."""
+    g.job_id = job.id
+    if preferred.waits:
+        assert preferred.wait is not None
+        gateway().waiter.wait(job.id, preferred.wait)
+    elif job.row is not None:
+        return job.row
     with idempotency.still_there():
-        return gateway().services.jobs.get(tenant(), job_id)
+        return gateway().services.jobs.get(tenant(), job.id)
 
 
 def result(job_id: UUID, row: Any) -> InferResult:

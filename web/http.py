@@ -78,6 +78,10 @@ class Preference:
     def durable(self) -> bool:
         return self.respond_async or self.wait is not None
 
+    @property
+    def waits(self) -> bool:
+        return self.wait is not None and not self.respond_async
+
     def applied(self) -> dict[str, str]:
         """The headers of an answer that depends on it."""
         if self.respond_async:

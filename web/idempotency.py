@@ -17,6 +17,7 @@ import orjson
 import structlog
 from flask import g, request
 
+from config import KIB
 from errors import BadRequest, DeadlineExceeded, Gone, NotFound, Unavailable
 from inference.tensors import Buffer
 from storage.idempotency import Once
@@ -36,6 +37,9 @@ PARAMETER: dict[str, Any] = {
 }
 """As OpenAPI says it."""
 
+SMALL = 32 * KIB
+"""Bytes of a request that are looked at sooner than another thread is asked to."""
+
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"')
 
@@ -49,11 +53,15 @@ def asked(*told: Buffer) -> Once | None:
         return None
     deadline = request.headers.get(DEADLINE, "")
     parts = (request.path.encode(), request.query_string, deadline.encode(), *told)
+    body = None if told else request.get_data()
+    size = sum(map(len, told)) + len(body or b"")
     return Once(
         tenant_id=tenant(),
         route=f"{request.method} {request.url_rule}",
         key=key,
-        fingerprint=offload(fingerprint, parts, None if told else request.get_data()),
+        fingerprint=(
+            fingerprint(parts, body) if size <= SMALL else offload(fingerprint, parts, body)
+        ),
         ttl=gateway().services.settings.idempotency_ttl,
     )
 

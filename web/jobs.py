@@ -10,11 +10,12 @@ from uuid import UUID
 
 from flask import Response, request
 
-from errors import BadRequest, Conflict, NotFound
+from errors import BadRequest, Conflict, NotFound, TidegateError
 from inference import oip
 from inference.metadata import check
 from storage import ids
 from storage.idempotency import Once
+from storage.jobs import Accepted
 from storage.lifecycle import JobKind, JobState, Priority
 from tasks.bootstrap import Services
 from web import described, durable, etags, idempotency, schemas, streams, views
@@ -50,21 +51,24 @@ def _limit() -> None:
 
 @blueprint.post("")
 @blueprint.doc(parameters=[idempotency.PARAMETER, described.PREFER, described.DEADLINE])
-@blueprint.arguments(schemas.JobSubmit)
+@blueprint.arguments(schemas.JobSubmit())
 @blueprint.alt_response(202, schema=schemas.Job, description="Accepted: the job is durable.")
 @blueprint.alt_response(200, schema=schemas.Job, description="Ended within `Prefer: wait=n`.")
 def submit(body: dict[str, Any]) -> Response:
     """Accept one inference to run in the background."""
     once = idempotency.asked()
-    job_id = idempotency.earlier(once) or _accept(body, once)
-    preferred = preference(gateway().services.settings.max_wait)
-    if preferred.wait is not None and not preferred.respond_async:
-        gateway().waiter.wait(job_id, preferred.wait)
-        return durable.accepted(job_id, preferred, ended=200)
-    return durable.accepted(job_id, preferred)
+    try:
+        job = _accept(body, once)
+    except TidegateError:
+        # What the key made stands, whatever has become of its model since. Asked for only now: for
+        # nearly every key there is nothing yet, and accepting notices where there is.
+        if (earlier := idempotency.earlier(once)) is None:
+            raise
+        job = Accepted(earlier)
+    return durable.accepted(job, preference(gateway().services.settings.max_wait))
 
 
-def _accept(body: dict[str, Any], once: Once | None) -> UUID:
+def _accept(body: dict[str, Any], once: Once | None) -> Accepted:
     settings = gateway().services.settings
     with about("model"):
         entry = gateway().catalog.get(body["model"], body["version"])

@@ -155,13 +155,13 @@ def infer(model: str, version: str = "") -> Response:
     check(asked, entry.spec)
     asked, given = oip.take_timeout(asked)
     if preferred.durable:
-        job_id = durable.submit(
+        job = durable.submit(
             asked,
             within=deadline(given or settings.job_deadline, MAX_WINDOW),
             # Inflated: compressed again, the same body has other bytes.
             once=idempotency.asked(body, str(header_length).encode()),
         )
-        return durable.infer(job_id, preferred, render=lambda result: _rendered(result, fmt))
+        return durable.infer(job, preferred, render=lambda result: _rendered(result, fmt))
     timeout = deadline(given or settings.realtime_timeout, settings.max_realtime_timeout, cut=True)
     job_id = found.services.ids.mint(tenant())
     # What finding out about the model took is gone.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
@@ -15,10 +16,11 @@ from uuid import UUID
 from flask import Response
 
 import config
+from errors import KeyReused, Unavailable
 from storage.backlog import Backlog
 from storage.database import Database
 from storage.idempotency import Once
-from storage.jobs import Jobs
+from storage.jobs import Accepted, Jobs
 from storage.work import NewBatch, NewJob
 from tasks.bootstrap import build_services
 from tasks.pump import Pump
@@ -35,9 +37,11 @@ def die(point: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class DyingJobs(Jobs):
-    def submit(self, jobs: list[NewJob], once: Once | None = None) -> UUID:  # type: ignore[override]
+    def submit(
+        self, jobs: Sequence[NewJob], keys: Mapping[UUID, Once] | None = None
+    ) -> list[Accepted | KeyReused | Unavailable]:
         die("commit")
-        return Jobs.submit(self, jobs, once)
+        return Jobs.submit(self, jobs, keys)
 
     def submit_batch(self, job: NewJob, batch: NewBatch, once: Once | None = None) -> UUID:
         die("commit")

@@ -190,6 +190,34 @@ def test_the_same_key_on_another_route_is_another_key(fresh: Http) -> None:
     assert one.json()["id"] != other.json()["id"]
 
 
+def test_of_many_at_once_each_gets_its_own_answer(fresh: Http) -> None:
+    """They share transactions, and neither keys nor each other's refusals."""
+    used = new_key()
+    first = submit(fresh, used).json()["id"]
+    calls = {
+        "new": lambda: submit(fresh, new_key()),
+        "plain": lambda: fresh.post("/v1/jobs", {"model": "identity", "input": ints(2)}),
+        "again": lambda: submit(fresh, used),
+        "misused": lambda: submit(fresh, used, {"model": "identity", "input": ints(3)}),
+        "wrong": lambda: submit(fresh, new_key(), {"model": "nobody", "input": ints(4)}),
+    }
+    names = [*calls] * 20
+    replies = together([calls[name] for name in names])
+
+    said = {name: [r for n, r in zip(names, replies, strict=True) if n == name] for name in calls}
+    assert {name: {reply.status for reply in said[name]} for name in calls} == {
+        "new": {202},
+        "plain": {202},
+        "again": {202},
+        "misused": {422},
+        "wrong": {404},
+    }
+    assert {reply.json()["id"] for reply in said["again"]} == {first}
+    made = [reply.json()["id"] for name in ("new", "plain") for reply in said[name]]
+    assert sorted(job_ids(fresh)) == sorted([first, *made])
+    assert {ended(fresh, job_id)["status"] for job_id in made} == {"succeeded"}
+
+
 def test_two_hundred_at_once_make_one_job(fresh: Http) -> None:
     key = new_key()
     replies = together([partial(answered, fresh, key) for _ in range(200)])

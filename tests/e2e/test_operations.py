@@ -24,6 +24,7 @@ from config import Settings
 from inference import frames
 from inference.tensors import InferRequest, Tensor
 from ops.embedded import Stack
+from storage.backlog import HINT_CHUNKS
 from storage.database import Database
 from storage.jobs import Jobs
 from storage.work import NewJob
@@ -116,7 +117,7 @@ def test_a_hint_about_many_jobs_is_small(
             deadline=60,
             input=frames.encode_requests([request]),
         )
-        for _ in range(64)
+        for _ in range(HINT_CHUNKS)
     ]
     with overheard(stack, redis_client) as traffic:
         Jobs(database).submit(jobs)
@@ -125,7 +126,7 @@ def test_a_hint_about_many_jobs_is_small(
     hints = traffic.published(messages.batch_queue("default"))
 
     assert states == {"succeeded"}
-    assert max(len(json.loads(hint.body)[1]["ids"]) for hint in hints) == 64
+    assert max(len(json.loads(hint.body)[1]["ids"]) for hint in hints) == HINT_CHUNKS
     assert max(hint.size for hint in hints) <= messages.MAX_BYTES
 
 

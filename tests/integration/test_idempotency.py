@@ -13,7 +13,7 @@ import pytest
 import uuid_utils.compat as uuids
 from sqlalchemy.exc import DataError
 
-from errors import KeyReused, NotFound
+from errors import KeyReused, NotFound, TidegateError
 from storage import idempotency
 from storage.files import FileRow, file_key
 from storage.idempotency import Idempotency, Once
@@ -42,7 +42,11 @@ def new_job(ledger: Ledger, tenant: UUID | None = None) -> NewJob:
 
 
 def submit(ledger: Ledger, key: Once) -> UUID:
-    return ledger.jobs.submit([new_job(ledger, key.tenant_id)], key)
+    job = new_job(ledger, key.tenant_id)
+    (outcome,) = ledger.jobs.submit([job], {job.id: key})
+    if isinstance(outcome, TidegateError):
+        raise outcome
+    return outcome.id
 
 
 def jobs_of(ledger: Ledger, tenant: UUID | None = None) -> list[UUID]:
@@ -163,7 +167,7 @@ def test_a_job_that_cannot_be_made_leaves_its_key_unused(ledger: Ledger) -> None
     key = once(ledger)
     bad = replace(new_job(ledger), metadata={"a": "\0"})
     with pytest.raises(DataError):
-        ledger.jobs.submit([bad], key)
+        ledger.jobs.submit([bad], {bad.id: key})
 
     assert Idempotency(ledger.database).earlier(key) is None
     made = submit(ledger, key)

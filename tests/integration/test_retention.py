@@ -19,7 +19,7 @@ import sqlalchemy as sa
 import uuid_utils.compat as uuids
 
 from config import DAY, Settings, parse_objects
-from errors import Gone, ModelFailed, NotFound, Unavailable
+from errors import Gone, ModelFailed, NotFound, TidegateError, Unavailable
 from storage import ids
 from storage.database import Database
 from storage.dead_letters import LetterFilter
@@ -77,7 +77,9 @@ class Home:
             }
             | fields
         )
-        self.services.jobs.submit([job])
+        (outcome,) = self.services.jobs.submit([job])
+        if isinstance(outcome, TidegateError):
+            raise outcome
         return job
 
     def claim(self) -> list[Claim]:
