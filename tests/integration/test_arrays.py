@@ -191,7 +191,6 @@ def worker(settings: Settings, fake: FakeTriton) -> Iterator[Worker]:
         group=group,
         triton_url=fake.address,
         # Ranges of ten rows of two floats.
-        chunk_items=10,
         chunk_bytes=80,
         catalog_ttl=0.001,
     )

@@ -404,7 +404,7 @@ def test_a_model_that_takes_one_item_at_a_time_runs_several_at_once() -> None:
 
         return wait
 
-    packs = [Pack(ints(n), (Member(n, str(n)),)) for n in range(200)]
+    packs = [Pack(ints(n), (Member(n, str(n)),), 1) for n in range(200)]
     held = SimpleNamespace(
         token=CancelToken(), until=None, claim=SimpleNamespace(token=1), blame=lambda error: error
     )
