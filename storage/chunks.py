@@ -170,9 +170,9 @@ class Chunks:
             return True
 
     def commit(self, done: Sequence[Done]) -> set[int]:
-        """Commit attempts at infer chunks: the ids that were still ours. The last chunk of a job
-        finishes it, or starts putting its files together, in the same transaction; and so does what
-        an attempt left over become chunks."""
+        """Commit attempts at infer chunks: the ids that were still ours. In the same transaction,
+        what an attempt has left over becomes chunks of the job, and the last chunk of a job
+        finishes it, or starts putting its files together."""
         if not done:
             return set()
         with self.database.transaction() as connection:

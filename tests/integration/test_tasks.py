@@ -21,7 +21,7 @@ import uuid_utils.compat as uuids
 from celery import current_app
 from kombu.utils.encoding import bytes_to_str
 
-from config import Settings
+from config import MIB, Settings
 from errors import (
     Cancelled,
     DeadlineExceeded,
@@ -40,10 +40,11 @@ from storage.files import FileRow, file_key
 from storage.redis_state import RedisState, Where
 from storage.work import Hint, NewBatch, NewJob
 from tasks import batches, bootstrap, messages, pipeline
+from tasks.batch_lines import Line
 from tasks.bootstrap import WorkerServices, build_worker_services
 from tasks.budget import RetryBudget
 from tasks.chunks import run_chunks
-from tasks.formats import Member, Pack
+from tasks.line_format import _Packer
 from tasks.pump import Pump, publish
 from tasks.realtime import run_query, run_realtime
 from tasks.running import Running
@@ -404,7 +405,8 @@ def test_a_model_that_takes_one_item_at_a_time_runs_several_at_once() -> None:
 
         return wait
 
-    packs = [Pack(ints(n), (Member(n, str(n)),), 1) for n in range(200)]
+    packer = _Packer(max_rows=0, max_bytes=MIB)
+    packs = [pack for n in range(200) for pack in packer.add(Line(n, str(n), ints(n)))]
     held = SimpleNamespace(
         token=CancelToken(), until=None, claim=SimpleNamespace(token=1), blame=lambda error: error
     )
