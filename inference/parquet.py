@@ -27,7 +27,7 @@ BATCH_TEXTS: Final = 256
 """Most rows of a batch with BYTES: of a text that many rows share, each has a copy."""
 WINDOW: Final = 1 << 20
 """Bytes of one column that are read at a time."""
-ROW_GROUP: Final = 16 << 20
+ROW_GROUP: Final = 4 << 20
 """Bytes of one that is written."""
 
 

@@ -194,7 +194,7 @@ def test_rows_are_written_in_groups_and_read_again(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_large_row_group_is_read_and_written_in_little_memory() -> None:
-    rows, width = 200_000, 64
+    rows, width = 500_000, 64
     values = np.zeros(rows * width, "<f4")
     values[::7] = np.arange(len(values[::7]))
     table = pa.table({"x": pa.FixedSizeListArray.from_arrays(values, width)})
@@ -224,5 +224,5 @@ def test_a_large_row_group_is_read_and_written_in_little_memory() -> None:
         size += len(block)
     assert size > len(data) / 2
     assert most <= 2 * parquet.WINDOW
-    # Of 51 MB: a row group that is written, and what that takes besides.
-    assert peak < 3 * parquet.ROW_GROUP
+    # Of 128 MB: what one batch takes, and one row group that is written.
+    assert peak < 56 << 20
