@@ -68,6 +68,11 @@ class Catalog:
                 raise
             raise Unavailable("no GPU worker answered in time", retry_after=1) from None
 
+    def is_cached(self, model: str, version: str = "") -> bool:
+        """May answers of this model be given again, as far as anybody has asked about it?"""
+        known = self._known.get((model, version))
+        return known is not None and known[1].spec.cache_ttl > 0
+
     def current(self, model: str, version: str = "", *, timeout: float = 5.0) -> Entry:
         """As `get`, for those to whom an old entry is worth nothing: they wait for the new one.
         It is asked for early, so that they seldom do."""

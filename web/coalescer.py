@@ -38,6 +38,9 @@ MAX_FLYING = 64
 """Messages of one model version in flight, however slow it is."""
 LOST_RETRY_AFTER = 5
 """Seconds a client is told to wait whose request was lost twice."""
+CAUTION = 0.5
+"""The part of its time that a request may have to wait, as far as one can tell: the wait can be
+twice as long, and an answer that comes too late has cost as much as one in time."""
 PATIENCE = 0.02
 """Seconds a full window holds back a message: a slow request delays the next ones this much."""
 
@@ -57,7 +60,9 @@ class Coalescer:
         patience: float = PATIENCE,
         clock: Callable[[], float] = time.monotonic,
         send: Callable[..., None] = messages.send,
+        gone: Callable[[], None] = lambda: None,
     ):
+        """`gone` is called when requests are over."""
         self._group = group
         self._state = state
         self._replies = replies
@@ -67,6 +72,7 @@ class Coalescer:
         self._patience = patience
         self._clock = clock
         self._send = send
+        self._tell_gone = gone
         self._queue: deque[Waiting] = deque()
         self._bytes = 0
         self._flying: dict[bytes, Flight] = {}
@@ -77,12 +83,17 @@ class Coalescer:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    def admit(self, timeout: float) -> None:
-        """Before anything is done for a request: would its turn come within `timeout` seconds, and
-        as soon as anybody is to wait? Raises `Overloaded`."""
+    @property
+    def depth(self) -> int:
+        """Requests that wait for their answers."""
+        return self._ahead
+
+    def admit(self, timeout: float, held: int = 0) -> None:
+        """Before anything is done for a request, with so many `held` before it: would its answer
+        come within `timeout` seconds, and as soon as anybody is to wait? Raises `Overloaded`."""
         # Without the lock: who reads numbers of a moment ago is off by one.
-        ahead = self._ahead
-        if ahead and self._pace.wait(ahead) > min(timeout, self._max_wait):
+        ahead = self._ahead + held
+        if ahead and self._pace.wait(ahead) > min(timeout * CAUTION, self._max_wait):
             raise self._overloaded(ahead)
 
     def _overloaded(self, ahead: int) -> Overloaded:
@@ -255,3 +266,4 @@ class Coalescer:
         self._ahead -= requests
         if not self._ahead:
             self._pace.idle()
+        self._tell_gone()

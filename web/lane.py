@@ -21,8 +21,10 @@ from storage.redis_state import RedisState
 from tasks import messages
 from web.coalescer import Coalescer
 from web.flight import Answer, Waiting
+from web.gate import Gate, Name
 from web.lookout import Lookout
 from web.presence import Presence
+from web.refusals import Refusals
 from web.replies import Replies
 
 QUERY_TIMEOUT = 5.0
@@ -46,16 +48,24 @@ class RealtimeLane:
         self._max_items = max_items
         self._max_wait = max_wait
         self._replies = Replies(state)
-        self._coalescers: dict[tuple[str, str], Coalescer] = {}
+        self._coalescers: dict[Name, Coalescer] = {}
         self._lock = threading.Lock()
         self._presence = Presence(state, group)
+        # Enough to fill every message that may be in flight, and the ones after them.
+        self.refusals = Refusals()
+        self.gate = Gate(self._depth, most=2 * window * max_items)
         self._lookout = Lookout(state, lambda: list(self._coalescers.values()))
 
-    def admit(self, model: str, version: str, timeout: float) -> None:
-        """Before a request is even read: would it have its turn in time? Raises `Overloaded`."""
-        coalescer = self._coalescers.get((model, version))
+    def _depth(self, name: Name) -> int:
+        coalescer = self._coalescers.get(name)
+        return coalescer.depth if coalescer is not None else 0
+
+    def admit(self, name: Name, timeout: float, *, last: bool = False) -> None:
+        """Before a request is even read: would it have its answer in time, or would it if it were
+        the `last` in line? Raises `Overloaded`."""
+        coalescer = self._coalescers.get(name)
         if coalescer is not None:
-            coalescer.admit(timeout)
+            coalescer.admit(timeout, self.gate.held(name) if last else 0)
 
     def infer(self, request: InferRequest, timeout: float) -> Answer:
         """Run one request within `timeout` seconds; the model's refusal is in the answer. Raises
@@ -73,6 +83,7 @@ class RealtimeLane:
                     window=self._window,
                     max_items=self._max_items,
                     max_wait=self._max_wait,
+                    gone=functools.partial(self.gate.freed, key),
                 )
                 self._lookout.start()
         size = sum(len(tensor.data) for tensor in request.inputs)

@@ -45,6 +45,13 @@ class Metrics:
             multiprocess_mode="livesum",
             registry=registry,
         )
+        self._refused = Counter(
+            "tidegate_realtime_refused",
+            "Realtime requests refused before anything was done for them: they would have waited"
+            " too long for their turn.",
+            ("model",),
+            registry=registry,
+        )
         self._asked = Counter(
             "tidegate_cache_requests",
             "Requests for models whose answers may be given again: hit, collapsed, miss, bypass.",
@@ -89,6 +96,9 @@ class Metrics:
     def _over(self, _error: BaseException | None) -> None:
         if g.pop("began", None) is not None:
             self._in_flight.dec()
+
+    def refused(self, model: str) -> None:
+        self._refused.labels(model).inc()
 
     def cache_asked(self, model: str, outcome: str) -> None:
         self._asked.labels(model, outcome).inc()

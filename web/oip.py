@@ -25,7 +25,7 @@ from inference.metadata import check
 from inference.tensors import Buffer, InferRequest, InferResult
 from storage.lifecycle import JobState
 from storage.records import Record
-from web import durable, idempotency
+from web import durable, gate, idempotency
 from web.bodies import WholeBody
 from web.context import gateway
 from web.flight import Answer
@@ -140,7 +140,7 @@ _INFER, _INFER_VERSION = routes("/infer")
 @models.post(_INFER_VERSION)
 def infer(model: str, version: str = "") -> Response:
     """Run a model. 200 with the answer; 202 with a job where the client preferred that."""
-    began = time.monotonic()
+    began = gate.arrived.get() or time.monotonic()
     found, settings = gateway(), gateway().services.settings
     _refuse_too_large(request.content_length or 0)
     # Known before the body is: what the model is like must not take longer than the answer may.
@@ -149,7 +149,7 @@ def infer(model: str, version: str = "") -> Response:
     entry = found.catalog.get(model, version, timeout=min(limit, QUERY_TIMEOUT))
     preferred = preference(settings.max_wait)
     if not preferred.durable and not entry.spec.cache_ttl:
-        found.lane.admit(model, version, limit)
+        found.lane.admit((model, version), limit - (time.monotonic() - began))
     body, header_length = _body(), _header_length()
     asked, fmt = oip.parse_infer(body, header_length, model=model, version=version, spec=entry.spec)
     check(asked, entry.spec)

@@ -197,11 +197,12 @@ def test_whose_turn_would_come_too_late_is_refused_before_anything_is_done(broke
         to.admit(300)
     assert refused.value.retry_after == 6
     broker.answer(broker.next())
-    clock.now += 0.0
-    # Five in that second: seven ahead take less than 8 s, and more than 1 s.
+    # Five in that second: the seven ahead take 1.4 s, and with 40 more before it, 9.4 s.
     to.admit(300)
-    with pytest.raises(Overloaded):
-        to.admit(1.0)
+    to.admit(3.0)
+    for timeout, held in ((2.0, 0), (300.0, 40)):
+        with pytest.raises(Overloaded):
+            to.admit(timeout, held)
 
 
 def test_an_idle_lane_refuses_nobody_whatever_it_was_like(broker: Broker) -> None:
