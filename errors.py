@@ -4,6 +4,7 @@ TidegateError
 ├── BadRequest               the client sent something we will never accept
 │   ├── BadBody              the body is not what its headers say (framing, JSON, compression)
 │   ├── BadTensor            a tensor does not fit the model; names the tensor
+│   ├── BadFile              an uploaded file of arrays can't be read
 │   ├── Unsupported          a legal request for something we do not do
 │   └── KeyReused            an Idempotency-Key that was used for another request
 ├── Unauthenticated          no key, or a key we do not know
@@ -79,6 +80,10 @@ class BadBody(BadRequest):
 
 class BadTensor(BadRequest):
     code = "bad_tensor"
+
+
+class BadFile(BadRequest):
+    code = "invalid_file"
 
 
 class Unsupported(BadRequest):

@@ -235,12 +235,26 @@ class Chunks:
             moves.fan_in(connection, tallies)
         return committed
 
-    def commit_plan(self, claim: Claim, plans: Sequence[ChunkPlan]) -> bool:
-        """Commit what reading the input file found: its chunks. False: somebody newer owns it."""
+    def commit_plan(
+        self,
+        claim: Claim,
+        plans: Sequence[ChunkPlan],
+        layout: Mapping[str, Any] | None = None,
+        staged_key: str | None = None,
+    ) -> bool:
+        """Commit what reading the input file found: its chunks, what each has to know of it, and
+        the object that their bytes are in where that is not the file. False: somebody newer owns
+        it."""
         with self.database.transaction() as connection:
             moves.lock_jobs(connection, _jobs.id == claim.job_id)
             if not moves.commit_control(connection, claim):
                 return False
+            if layout is not None or staged_key is not None:
+                connection.execute(
+                    sa.update(tables.batches)
+                    .where(_batches.job_id == claim.job_id)
+                    .values(layout=layout, staged_key=staged_key)
+                )
             job = connection.execute(
                 sa.update(tables.jobs)
                 .where(_jobs.id == claim.job_id, _jobs.state == JobState.QUEUED)
@@ -361,9 +375,11 @@ _CLAIMED = (
         _jobs.input,
         _jobs.input_key,
         sa.func.coalesce(_batches.endpoint, "").label("endpoint"),
-        sa.func.coalesce(tables.files.c.object_key, "").label("file_key"),
+        sa.func.coalesce(_batches.staged_key, tables.files.c.object_key, "").label("file_key"),
         _jobs.outcome,
         (_jobs.chunks_total - _jobs.chunks_done).label("open_chunks"),
+        _batches.arrays,
+        _batches.layout,
     )
     .join(tables.jobs, _jobs.id == _chunks.job_id)
     .outerjoin(tables.batches, _batches.job_id == _jobs.id)

@@ -216,7 +216,10 @@ def _copy_job(
     rows = connection.execute(
         sa.select(tables.chunks).where(_chunks.id.in_(again.letters)).order_by(_chunks.first_line)
     ).all()
-    planned = old.kind == JobKind.INFER or not again.whole
+    batch = _batch_of(connection, old)
+    # What was staged for the old job goes with it: the file is read in again, for these rows only.
+    staged = batch is not None and batch.staged_key is not None
+    planned = old.kind == JobKind.INFER or not (again.whole or staged)
     runs = old.kind == JobKind.BATCH and planned
     window = moves.seconds(deadline) if deadline is not None else old.deadline_at - old.created_at
     new = connection.execute(
@@ -235,12 +238,14 @@ def _copy_job(
         )
         .returning(*tables.jobs.c)
     ).one()
-    if old.kind == JobKind.BATCH:
-        batch = connection.execute(sa.select(tables.batches).where(_batches.job_id == job_id)).one()
-        connection.execute(
-            sa.insert(tables.batches),
-            {name: getattr(batch, name) for name in _COPIED_BATCH} | {"job_id": again.id},
-        )
+    if batch is not None:
+        values = {name: getattr(batch, name) for name in _COPIED_BATCH} | {"job_id": again.id}
+        if planned:
+            values["layout"] = batch.layout
+        elif staged and not again.whole:
+            only = [(row.first_line, row.item_count) for row in rows]
+            values["arrays"] = batch.arrays | {"only": only}
+        connection.execute(sa.insert(tables.batches), values)
     if planned:
         plans: list[tuple[int, ChunkKind, ChunkPlan]] = [
             (seq, ChunkKind.INFER, _plan(row)) for seq, row in enumerate(rows, start=1)
@@ -251,6 +256,12 @@ def _copy_job(
         connection,
         [moves.chunk_row(new, seq=seq, kind=kind, plan=plan) for seq, kind, plan in plans],
     )
+
+
+def _batch_of(connection: sa.Connection, job: Row) -> Row | None:
+    return connection.execute(
+        sa.select(tables.batches).where(_batches.job_id == job.id)
+    ).one_or_none()
 
 
 def _plan(row: Row) -> ChunkPlan:
@@ -265,7 +276,7 @@ _COPIED: tuple[str, ...] = (
     *("priority", "input", "input_key", "metadata"),
 )
 _COPIED_BATCH: tuple[str, ...] = (
-    *("tenant_id", "endpoint", "completion_window", "output_ttl", "input_file_id"),
+    *("tenant_id", "endpoint", "completion_window", "output_ttl", "arrays", "input_file_id"),
 )
 
 _KEPT = (

@@ -107,6 +107,7 @@ class Jobs:
                     "endpoint": batch.endpoint,
                     "completion_window": batch.completion_window,
                     "output_ttl": batch.output_ttl,
+                    "arrays": dict(batch.arrays) if batch.arrays is not None else None,
                     "input_file_id": batch.input_file_id,
                 },
             )

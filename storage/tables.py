@@ -152,6 +152,11 @@ batches = Table(
     Column("endpoint", Text, nullable=False),
     Column("completion_window", Text, nullable=False),
     Column("output_ttl", Integer),
+    # What to do with a file of arrays; null where it is lines.
+    Column("arrays", JSON),
+    # What reading that file in found, and the object that its ranges lie in, if not the file.
+    Column("layout", JSON),
+    Column("staged_key", Text),
     Column("input_file_id", ForeignKey("files.id"), nullable=False),
     Column("output_file_id", ForeignKey("files.id")),
     Column("error_file_id", ForeignKey("files.id")),

@@ -40,6 +40,8 @@ class NewBatch:
     input_file_id: UUID
     output_ttl: int | None = None
     """Seconds after which the output files expire."""
+    arrays: Mapping[str, Any] | None = None
+    """What to do with a file of arrays; None: it is lines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,10 @@ class Claim:
     outcome: str | None
     open_chunks: int = 1
     """Of its job, at the moment of the claim."""
+    arrays: Mapping[str, Any] | None = None
+    """What to do with a file of arrays; None: it is lines."""
+    layout: Mapping[str, Any] | None = None
+    """What reading that file in found."""
 
     def key(self, name: str) -> str:
         """An object key only this attempt writes: a stale one can never overwrite a newer one's."""

@@ -8,27 +8,36 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import uuid_utils.compat as uuids
 
-from errors import ModelFailed, TidegateError
+from errors import TidegateError
 from inference.client import Deadline
 from storage import objects
 from storage.files import FileRow
 from storage.lifecycle import ChunkKind, ChunkState
 from storage.work import ChunkOutput, ChunkPlan, Claim, Done
-from tasks import attempts, batch_lines, pipeline
-from tasks.batch_lines import request_id
+from tasks import attempts, pipeline
 from tasks.bootstrap import Services, WorkerServices
-from tasks.formats import FileErrors, Format, Limits, Member, Pack, Refused, Source
+from tasks.formats import (
+    Dropped,
+    FileErrors,
+    Format,
+    Limits,
+    Member,
+    Pack,
+    Refused,
+    Source,
+    nothing,
+)
 from tasks.leases import Held
 from tasks.line_format import Lines
 
 _UNDONE = {
     ChunkState.CANCELED: (
         "batch_cancelled",
-        "the batch was cancelled before this line was finished",
+        "the batch was cancelled before this was finished",
     ),
     ChunkState.EXPIRED: (
         "batch_expired",
-        "the batch's completion window ended before this line was finished",
+        "the batch's completion window ended before this was finished",
     ),
 }
 
@@ -47,8 +56,13 @@ def run_control(services: Services, held: Held) -> None:
     attempts.guarded(services, [held], functools.partial(step, services, held))
 
 
-def _format(_claim: Claim) -> Format:
-    return Lines()
+def _format(claim: Claim) -> Format:
+    if claim.arrays is None:
+        return Lines()
+    # Loaded where it is used: pyarrow takes half a second, and memory.
+    from tasks.arrays import Arrays
+
+    return Arrays.of(claim)
 
 
 def _limits(services: Services) -> Limits:
@@ -62,18 +76,19 @@ def _limits(services: Services) -> Limits:
 
 
 def _source(services: Services, held: Held) -> Source:
-    return Source(services.objects, held.claim.file_key, held.token)
+    claim = held.claim
+    return Source(services.objects, claim.file_key, held.token, claim.key("rows"))
 
 
 def _plan(services: Services, held: Held) -> None:
     """Read the input file once and cut it into chunks."""
     claim = held.claim
     try:
-        plans = _format(claim).plan(_source(services, held), _limits(services))
+        planned = _format(claim).plan(_source(services, held), _limits(services))
     except FileErrors as error:
         services.chunks.reject_plan(claim, error.errors)
     else:
-        services.chunks.commit_plan(claim, plans)
+        services.chunks.commit_plan(claim, planned.ranges, planned.layout, planned.staged)
 
 
 PIECES = 256
@@ -97,7 +112,7 @@ def _run_range(services: WorkerServices, held: Held) -> None:
         return
     spec = services.models.spec(claim.model, claim.version)
     writer = format_.writer(claim, spec)
-    errors = _Errors(claim)
+    errors = _Errors(claim, format_)
 
     rest: list[ChunkPlan] = []
     target = Deadline.after(TARGET)
@@ -149,25 +164,21 @@ def _plan_of(claim: Claim) -> ChunkPlan:
 class _Errors:
     """The error lines of one range: first what was never run, then what failed."""
 
-    def __init__(self, claim: Claim):
+    def __init__(self, claim: Claim, format_: Format):
         self._claim = claim
+        self._format = format_
         self._refused: list[tuple[int, bytes]] = []
         self._failed: list[tuple[int, bytes]] = []
-
-    @property
-    def count(self) -> int:
-        return len(self._refused) + len(self._failed)
+        self.count = 0
 
     def refused(self, item: Refused) -> None:
-        named = request_id(self._claim, item.number)
-        text = batch_lines.error_line(named, item.custom_id, item.number, item.code, item.message)
-        self._refused.append((item.number, text))
+        self._refused.append((item.number, self._format.refused_line(self._claim, item)))
+        self.count += item.items
 
     def failed(self, member: Member, error: TidegateError) -> None:
-        named = request_id(self._claim, member.number)
-        status = 500 if isinstance(error, ModelFailed) else 400
-        text = batch_lines.failed_line(named, member.custom_id, status, error)
+        text = self._format.failed_line(self._claim, member, error)
         self._failed.append((member.number, text))
+        self.count += 1
 
     def close(self) -> list[bytes]:
         texts = [text for _, text in (*sorted(self._refused), *sorted(self._failed))]
@@ -181,11 +192,15 @@ def _finalize(services: Services, held: Held) -> None:
     ok = sum(part.items_ok for part in parts)
     total = sum(part.items for part in parts)
     output = errors = None
+    dropped: Dropped = nothing
     if ok:
-        blocks = format_.output(_source(services, held), parts, services.objects)
-        output = _file(services, held, f"output.{format_.suffix}", blocks)
+        made = format_.output(_source(services, held), parts, services.objects)
+        dropped = made.dropped
+        ok -= sum(item.items for part in parts for item in dropped(part))
+        output = _file(services, held, f"output.{format_.suffix}", made.blocks)
     if total > ok:
-        errors = _file(services, held, "errors.jsonl", _error_blocks(services, held, parts))
+        blocks = _error_blocks(services, held, parts, dropped)
+        errors = _file(services, held, "errors.jsonl", blocks)
     services.chunks.commit_files(claim, output, errors, ok=ok, failed=total - ok)
 
 
@@ -211,21 +226,25 @@ def _while_ours(held: Held, blocks: Iterable[bytes]) -> Iterator[bytes]:
         yield block
 
 
-def _error_blocks(services: Services, held: Held, parts: Sequence[ChunkOutput]) -> Iterator[bytes]:
+def _error_blocks(
+    services: Services, held: Held, parts: Sequence[ChunkOutput], dropped: Dropped
+) -> Iterator[bytes]:
     """What went wrong, in the order of the chunks; an item never run says why."""
     claim, source, limits = held.claim, _source(services, held), _limits(services)
+    format_ = _format(claim)
     for part in parts:
         if part.error_key:
             yield from objects.steadily(services.objects, part.error_key)
+        for item in dropped(part):
+            yield format_.refused_line(claim, item)
         if part.state is ChunkState.DONE:
             continue
         error = part.error or {}
         code, message = _UNDONE.get(
             part.state, (str(error.get("code", "failed")), str(error.get("message", "")))
         )
-        for number, custom_id in _format(claim).names(source, part, limits):
-            named = request_id(claim, number)
-            yield batch_lines.error_line(named, custom_id, number, code, message)
+        for item in format_.undone(source, part, limits, code, message):
+            yield format_.refused_line(claim, item)
 
 
 def _store(services: Services, claim: Claim, name: str, blocks: Sequence[bytes]) -> str | None:

@@ -7,7 +7,7 @@ JSON whatever the format; `batches` writes those, and runs the packs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -58,7 +58,7 @@ class Member(NamedTuple):
     """One item in a pack."""
 
     number: int
-    """Its line, or row, in the file, from 1."""
+    """Its line in the file, from 1, or its row, from 0."""
     custom_id: str | None
     """What the client calls it."""
     rows: int = 1
@@ -73,6 +73,12 @@ class Pack:
 
     request: InferRequest
     members: Sequence[Member]
+    rows: int
+    """All of them together."""
+
+    @property
+    def items(self) -> int:
+        return len(self.members)
 
     def shares(self, result: InferResult) -> list[InferResult]:
         """The answer's part of each member. Raises `UnsplittableError`."""
@@ -90,19 +96,48 @@ class Pack:
             return [self]
         columns = packing.cut(self.request.inputs, [member.rows for member in self.members])
         return [
-            Pack(replace(self.request, inputs=inputs, id=member.request_id), (member,))
+            Pack(replace(self.request, inputs=inputs, id=member.request_id), (member,), member.rows)
             for member, inputs in zip(self.members, columns, strict=True)
         ]
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """An item that can't be run."""
+    """An item that can't be run, or several that lie together, for one reason."""
 
     number: int
     custom_id: str | None
     code: str
     message: str
+    items: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What reading a file in came to."""
+
+    ranges: list[ChunkPlan]
+    layout: Mapping[str, Any] | None = None
+    """What every range has to know of the file."""
+    staged: str | None = None
+    """Key of the object that the ranges lie in, where that is not the file itself."""
+
+
+Dropped = Callable[[ChunkOutput], Iterable[Refused]]
+
+
+def nothing(part: ChunkOutput) -> Iterable[Refused]:
+    """Every answer of the part has its place."""
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """An output file, about to be put together."""
+
+    blocks: Iterable[bytes]
+    dropped: Dropped = nothing
+    """Answers of a part that have no place in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +147,8 @@ class Source:
     objects: ObjectStore
     key: str
     wanted: CancelToken
+    staging: str = ""
+    """Key for what is made of the file before it is run."""
 
     def blocks(self, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         """Bytes `start` to `end`, going on where the store stumbles. Raises `Cancelled`."""
@@ -121,6 +158,11 @@ class Source:
 
     def size(self) -> int:
         return self.objects.size(self.key)
+
+    def stage(self, blocks: Iterable[bytes]) -> str:
+        """Store these; under which key."""
+        self.objects.put(self.staging, blocks)
+        return self.staging
 
 
 class Writer(Protocol):
@@ -141,10 +183,11 @@ class Writer(Protocol):
 class Format(Protocol):
     """One kind of input file and the output file that goes with it. Stateless."""
 
-    suffix: str
-    """Of the output file's name."""
+    @property
+    def suffix(self) -> str:
+        """Of the output file's name."""
 
-    def plan(self, source: Source, limits: Limits) -> list[ChunkPlan]:
+    def plan(self, source: Source, limits: Limits) -> Planned:
         """Cut the file into ranges. Raises `FileErrors`."""
 
     def pieces(
@@ -165,16 +208,20 @@ class Format(Protocol):
         asked now and then, what has been read is handed out, and then, as the last, what has not:
         at least one item has been read by then."""
 
-    def names(
-        self, source: Source, items: Range, limits: Limits
-    ) -> Iterator[tuple[int, str | None]]:
-        """Number and custom_id of every item of a range that was not run."""
+    def undone(
+        self, source: Source, part: Range, limits: Limits, code: str, message: str
+    ) -> Iterator[Refused]:
+        """The items of a range that was not run, for this reason."""
 
     def writer(self, claim: Claim, spec: ModelSpec) -> Writer:
         """For the answers of one range."""
 
-    def output(
-        self, source: Source, parts: Sequence[ChunkOutput], objects: ObjectStore
-    ) -> Iterable[bytes]:
+    def output(self, source: Source, parts: Sequence[ChunkOutput], objects: ObjectStore) -> Output:
         """The output file, of the ranges' objects (`output_key`), in their order. A part that was
         not run, or of which nothing was answered, has none."""
+
+    def refused_line(self, claim: Claim, item: Refused) -> bytes:
+        """The line of the error file for what was not run."""
+
+    def failed_line(self, claim: Claim, member: Member, error: TidegateError) -> bytes:
+        """The line of the error file for what the model failed at."""

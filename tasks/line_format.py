@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import orjson
 
-from errors import BadTensor, TidegateError
+from errors import BadTensor, ModelFailed, TidegateError
 from inference import oip, packing
 from inference.metadata import ModelSpec, check
 from inference.tensors import InferRequest, InferResult, Tensor, json_values
@@ -19,13 +19,15 @@ from storage.work import ChunkOutput, ChunkPlan, Claim
 from tasks.batch_lines import (
     BadLine,
     Line,
+    error_line,
+    failed_line,
     output_line,
     parse_line,
     peek_custom_id,
     request_id,
     response_line,
 )
-from tasks.formats import Limits, Member, Pack, Range, Refused, Source
+from tasks.formats import Limits, Member, Output, Pack, Planned, Range, Refused, Source
 from tasks.line_pattern import Alike, Bundle
 from tasks.line_plan import plan_file
 
@@ -38,8 +40,10 @@ class Lines:
 
     suffix = "jsonl"
 
-    def plan(self, source: Source, limits: Limits) -> list[ChunkPlan]:
-        return plan_file(lambda: objects.lines(source.blocks(), limits.max_line_bytes), limits)
+    def plan(self, source: Source, limits: Limits) -> Planned:
+        return Planned(
+            plan_file(lambda: objects.lines(source.blocks(), limits.max_line_bytes), limits)
+        )
 
     def pieces(
         self, source: Source, whole: ChunkPlan, each: int, limits: Limits
@@ -76,21 +80,32 @@ class Lines:
             stops = (done + 1) % ASK_EVERY == 0 and enough()
         yield from reader.rest()
 
-    def names(
-        self, source: Source, items: Range, limits: Limits
-    ) -> Iterator[tuple[int, str | None]]:
-        for number, _, text in _lines(source, items, limits):
-            yield number, peek_custom_id(text)
+    def undone(
+        self, source: Source, part: Range, limits: Limits, code: str, message: str
+    ) -> Iterator[Refused]:
+        for number, _, text in _lines(source, part, limits):
+            yield Refused(number, peek_custom_id(text), code, message)
 
     def writer(self, claim: Claim, spec: ModelSpec) -> LineWriter:
         return LineWriter(claim)
 
-    def output(
-        self, source: Source, parts: Sequence[ChunkOutput], store: ObjectStore
-    ) -> Iterator[bytes]:
-        for part in parts:
-            if part.output_key:
-                yield from objects.steadily(store, part.output_key)
+    def output(self, source: Source, parts: Sequence[ChunkOutput], objects: ObjectStore) -> Output:
+        return Output(joined(parts, objects))
+
+    def refused_line(self, claim: Claim, item: Refused) -> bytes:
+        named = request_id(claim, item.number)
+        return error_line(named, item.custom_id, item.number, item.code, item.message)
+
+    def failed_line(self, claim: Claim, member: Member, error: TidegateError) -> bytes:
+        status = 500 if isinstance(error, ModelFailed) else 400
+        return failed_line(request_id(claim, member.number), member.custom_id, status, error)
+
+
+def joined(parts: Sequence[ChunkOutput], store: ObjectStore) -> Iterator[bytes]:
+    """The lines of the parts, one behind the other."""
+    for part in parts:
+        if part.output_key:
+            yield from objects.steadily(store, part.output_key)
 
 
 def _lines(source: Source, items: Range, limits: Limits) -> Iterator[tuple[int, int, bytes]]:
@@ -173,7 +188,7 @@ class _Packer:
         rows = packing.rows_of(request) if self._max_rows > 1 else None
         member = Member(line.number, line.custom_id, rows or 1, request.id)
         if rows is None:
-            yield Pack(request, (member,))
+            yield Pack(request, (member,), member.rows)
             return
         size = sum(len(tensor.data) for tensor in request.inputs)
         key = packing.signature(request)
@@ -205,7 +220,7 @@ class _Gathered:
     size: int = 0
 
     def pack(self) -> Pack:
-        return Pack(packing.merge(self.requests), tuple(self.members))
+        return Pack(packing.merge(self.requests), tuple(self.members), self.rows)
 
 
 class LineWriter:

@@ -102,7 +102,8 @@ class Bundle:
             itertools.repeat(name),
         )
         request = replace(kind.request, inputs=tuple(inputs), id=name if count == 1 else "")
-        return Pack(request, list(map(Member._make, fields)))
+        members = list(map(Member._make, fields))
+        return Pack(request, members, count * (kind.rows or 1))
 
 
 def _numbers(column: Sequence[bytes], tensor: Tensor, frame: bytes) -> bytes | None:

@@ -87,10 +87,9 @@ def _is_shared(pack: Pack, outcome: Outcome) -> bool:
         return False
     if isinstance(outcome, TidegateError):
         return may_be_one_members_fault(outcome)
-    rows = sum(member.rows for member in pack.members)
     try:
         for tensor in outcome.outputs:
-            packing.check_rows(tensor, rows)
+            packing.check_rows(tensor, pack.rows)
     except packing.UnsplittableError:
         return True
     return False

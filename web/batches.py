@@ -12,6 +12,7 @@ from errors import BadRequest, Conflict, NotFound
 from storage.idempotency import Once
 from storage.lifecycle import JobKind, JobState, Priority
 from storage.work import NewBatch, NewJob
+from tasks import array_order
 from tasks.batch_lines import parse_endpoint
 from web import described, etags, files, idempotency, schemas, views
 from web.context import gateway
@@ -38,7 +39,7 @@ blueprint.before_request(require_json)
 @blueprint.arguments(schemas.BatchCreate)
 @blueprint.alt_response(200, schema=schemas.Batch, description="Accepted: the batch is durable.")
 def create(body: dict[str, Any]) -> Response:
-    """Run a model on every line of a file."""
+    """Run a model on every line, or row, of a file."""
     once = idempotency.asked()
     job_id = idempotency.earlier(once) or _accept(body, once)
     with idempotency.still_there():
@@ -49,11 +50,20 @@ def _accept(body: dict[str, Any], once: Once | None) -> UUID:
     services = gateway().services
     with about("endpoint"):
         model, version = parse_endpoint(body["endpoint"])
-        gateway().catalog.get(model, version)
+        spec = gateway().catalog.get(model, version).spec
     with about("input_file_id"):
         file = files.find(body["input_file_id"])
         if file.purpose != "batch":
             raise BadRequest("input_file_id: the file's purpose must be batch")
+        head = b"".join(gateway().objects.stream(file.key, 0, array_order.SNIFFED))
+        kind = array_order.kind_of(head)
+    order = array_order.order(
+        kind,
+        spec,
+        output=body.get("output_format"),
+        input_name=body.get("input_name"),
+        output_names=body.get("output_names"),
+    )
     job = NewJob(
         id=uuids.uuid7(),
         tenant_id=tenant(),
@@ -69,6 +79,7 @@ def _accept(body: dict[str, Any], once: Once | None) -> UUID:
         completion_window=body["completion_window"],
         input_file_id=file.id,
         output_ttl=body.get("output_expires_after", {}).get("seconds"),
+        arrays=order.to_json() if order else None,
     )
     kept = idempotency.keep(job.id, lambda: services.jobs.submit_batch(job, batch, once))
     services.pump.kick(services.settings.group)

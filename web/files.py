@@ -25,6 +25,11 @@ blueprint = ApiBlueprint(
 )
 blueprint.before_request(require_key)
 
+_CONTENT_TYPES = {
+    "jsonl": "application/octet-stream",
+    "npy": "application/octet-stream",
+    "parquet": "application/vnd.apache.parquet",
+}
 FORM_SLACK = 64 * 1024
 """Bytes of multipart framing around a file of the largest size."""
 
@@ -144,11 +149,13 @@ def content(file_id: str) -> Response:
     """The file's bytes."""
     row = find(file_id)
     blocks = gateway().objects.stream(row.key)
+    kind = row.filename.rpartition(".")[2]
+    kind = kind if kind in _CONTENT_TYPES else "jsonl"
     headers = {
         "Content-Length": str(row.bytes),
-        "Content-Disposition": f'attachment; filename="{views.file_id(row.id)}.jsonl"',
+        "Content-Disposition": f'attachment; filename="{views.file_id(row.id)}.{kind}"',
     }
-    return Response(blocks, headers=headers, content_type="application/octet-stream")
+    return Response(blocks, headers=headers, content_type=_CONTENT_TYPES[kind])
 
 
 @blueprint.delete("/<file_id>")

@@ -11,6 +11,7 @@ from storage import events
 from storage.backlog import MOST_AHEAD
 from storage.events import DeliveryState
 from storage.lifecycle import ChunkKind, JobKind, JobState, Priority
+from tasks.array_order import KINDS
 
 _WINDOW = re.compile(r"([0-9]{1,6})(s|m|h|d)")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -145,7 +146,7 @@ class OutputExpiry(Body):
 
 
 class BatchCreate(Body):
-    """A batch over a file's lines. The SDK may send fields newer than this: they are ignored."""
+    """A batch over a file's lines or rows. The SDK may send newer fields: they are ignored."""
 
     class Meta:
         unknown = EXCLUDE
@@ -161,6 +162,18 @@ class BatchCreate(Body):
     output_expires_after = fields.Nested(OutputExpiry)
     priority = fields.String(load_default="normal", validate=validate.OneOf(PRIORITIES))
     metadata = _metadata()
+    output_format = fields.String(
+        validate=validate.OneOf(KINDS),
+        metadata={"description": "Of the output file; as the input where it doesn't say."},
+    )
+    input_name = _text(
+        255, metadata={"description": "The input that a .npy file is, where there are several."}
+    )
+    output_names = _Listed(
+        _text(255),
+        validate=validate.Length(min=1, max=64),
+        metadata={"description": "Outputs to keep, of .npy and Parquet input; else all."},
+    )
 
 
 class _Page(Schema):

@@ -275,7 +275,7 @@ def test_an_answer_without_form_in_json_is_named_and_its_neighbours_are_kept(
     bad = b"\x02\0\0\0\xff\xfe\x04\0\0\0fine"
     result = InferResult("m", "1", (Tensor("T", "BYTES", (2, 1), bad),))
     writer = LineWriter(claim_of(b"", ()))
-    ((member, error),) = writer.answered(Pack(request, members), result)
+    ((member, error),) = writer.answered(Pack(request, members, 2), result)
 
     assert (member.number, isinstance(error, ModelFailed)) == (1, False)
     (text,) = writer.close()
