@@ -26,6 +26,7 @@ STATUS: dict[type[TidegateError], int] = {
     errors.BadBody: 400,
     errors.BadTensor: 400,
     errors.Unsupported: 400,
+    errors.BadFile: 400,
     errors.KeyReused: 422,
     errors.Unauthenticated: 401,
     errors.Forbidden: 403,
