@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import structlog
 
@@ -83,6 +84,15 @@ def allow(services: WorkerServices, held: Sequence[Held], model: str) -> None:
         raise Unavailable("the model has failed too often of late", retry_after=1)
 
 
+def behind(services: WorkerServices, request: InferRequest) -> InferRequest:
+    """The request, to be served after those that somebody waits for, where its model's queue has a
+    place for that and the client said nothing else."""
+    levels = services.models.spec(request.model, request.version).priority_levels
+    if not levels or "priority" in request.parameters:
+        return request
+    return replace(request, parameters={**request.parameters, "priority": levels})
+
+
 def infer(
     services: WorkerServices, held: Sequence[Held], requests: Sequence[InferRequest]
 ) -> list[InferResult | TidegateError]:
@@ -92,6 +102,7 @@ def infer(
         return []
     model = requests[0].model
     allow(services, held, model)
+    requests = [behind(services, request) for request in requests]
     outcomes = services.server.infer_many(requests, until(held), [one.token for one in held])
     away = any(isinstance(outcome, Unavailable) for outcome in outcomes)
     services.budget.record(model, away=away)

@@ -21,6 +21,8 @@ AHEAD = 4
 and one is written."""
 AHEAD_ALONE = 32
 """The same of packs that are one item each: the model takes no more, or these can't be merged."""
+LESS = 4
+"""While somebody waits for what the worker runs, only so small a part of these."""
 FIRST = 2
 """Packs under way until the first is answered, and one more with each: of a slow model, not much is
 under way when its time is up."""
@@ -42,7 +44,8 @@ def run(services: WorkerServices, held: Held, packs: Iterator[Pack]) -> Iterator
     waiting: deque[tuple[Pack, Callable[[], Outcome]]] = deque()
 
     def start(pack: Pack) -> Callable[[], Outcome]:
-        return services.server.start(pack.request, held.until, calls)
+        request = attempts.behind(services, pack.request)
+        return services.server.start(request, held.until, calls)
 
     def receive() -> Iterator[Answered]:
         pack, wait = waiting.popleft()
@@ -61,6 +64,8 @@ def run(services: WorkerServices, held: Held, packs: Iterator[Pack]) -> Iterator
                 attempts.allow(services, [held], pack.request.model)
             waiting.append((pack, start(pack)))
             most = AHEAD if len(pack.members) > 1 else AHEAD_ALONE
+            if services.running.any():
+                most //= LESS
             while len(waiting) >= min(now, most):
                 yield from receive()
                 now += 1

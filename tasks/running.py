@@ -46,6 +46,10 @@ class Running:
             with self._lock:
                 self._messages.discard(message)
 
+    def any(self) -> bool:
+        """Does somebody wait for what this worker runs?"""
+        return bool(self._messages)
+
     def say(self) -> None:
         """One round."""
         with self._lock:

@@ -158,3 +158,14 @@ def test_another_configuration_is_another_revision_of_a_marked_model() -> None:
     others = [marked("ttl=61").revision, marked("ttl=60", max_batch_size=5).revision]
     assert len({*same, *others}) == 3
     assert SPEC.revision == ""
+
+
+@pytest.mark.parametrize(
+    ("config", "levels"),
+    [({}, 0), ({"dynamic_batching": {}}, 0), ({"dynamic_batching": {"priority_levels": "4"}}, 4)],
+    ids=["no batcher", "one level", "four"],
+)
+def test_the_levels_of_its_queue_are_the_dynamic_batchers(
+    config: dict[str, Any], levels: int
+) -> None:
+    assert ModelSpec.parse(METADATA, CONFIG | config).priority_levels == levels
