@@ -63,7 +63,7 @@ def own(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Stac
         command = [
             f"--model-repository={models}" if str(part).startswith("--model-repository") else part
             for part in triton.command
-            if part != "--model-control-mode=none"
+            if part not in ("--model-control-mode=explicit", "--load-model=*")
         ]
         command += ["--model-control-mode=poll", "--repository-poll-secs=1"]
         stack.processes["triton"] = replace(triton, command=command)

@@ -230,7 +230,8 @@ def test_what_is_slow_ends_with_its_time_and_is_not_asked_again(
         lambda: patient.put("x", b"1"),
         lambda: patient.delete("x"),
     ]
-    if "body" not in answer:
+    if answer in ("silent", "a slow head"):
+        # Its answer has no body that could be slow.
         asks.append(lambda: patient.size("x"))
     for ask in asks:
         server.seen.clear()
