@@ -11,6 +11,7 @@ Raw tensors are slices of the body, not copies.
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -48,6 +49,13 @@ class ResponseFormat:
 
     def is_binary(self, output: str) -> bool:
         return self.overrides.get(output, self.binary)
+
+
+def header_length(text: str) -> int:
+    """The value of `Inference-Header-Content-Length`. Raises BadBody."""
+    if not re.fullmatch(r"[0-9]{1,12}", text):
+        raise BadBody(f"{HEADER_LENGTH}: must be a number of bytes")
+    return int(text)
 
 
 def inflate(body: Buffer, encoding: str | None, limit: int) -> Buffer:

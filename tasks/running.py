@@ -28,6 +28,8 @@ class Running:
         self._worker = worker
         self._every = every
         self._messages: set[bytes] = set()
+        self._none = threading.Event()
+        self._none.set()
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -37,6 +39,7 @@ class Running:
         """Name this one while the block runs."""
         with self._lock:
             self._messages.add(message)
+            self._none.clear()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="running", daemon=True)
                 self._thread.start()
@@ -45,10 +48,16 @@ class Running:
         finally:
             with self._lock:
                 self._messages.discard(message)
+                if not self._messages:
+                    self._none.set()
 
     def any(self) -> bool:
         """Does somebody wait for what this worker runs?"""
         return bool(self._messages)
+
+    def until_none(self, timeout: float) -> None:
+        """Wait until nobody does, so many seconds at most."""
+        self._none.wait(timeout)
 
     def say(self) -> None:
         """One round."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-import uuid_utils.compat as uuids
 from flask import Flask, Response, g, request
 from flask_smorest import Api
 
@@ -14,13 +12,14 @@ from config import Settings
 from tasks.bootstrap import Services, build_services
 from web import batches, dead_letters, error_handlers, files, health, jobs, oip, webhooks
 from web.context import Gateway
+from web.express import Express
 from web.http import refuse_nul
 from web.json import OrjsonProvider
+from web.request_id import request_id
 from workers import logs
 from workers.app import build_app
 
 VERSION = "0.1.0"
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 def create_app(settings: Settings | None = None, services: Services | None = None) -> Flask:
@@ -54,6 +53,7 @@ def create_app(settings: Settings | None = None, services: Services | None = Non
     for module in (jobs, files, batches, dead_letters, webhooks):
         api.register_blueprint(module.blueprint)
     error_handlers.install(app)
+    app.wsgi_app = Express(app)  # type: ignore[assignment,method-assign]
     return app
 
 
@@ -65,9 +65,7 @@ class _Api(Api):  # type: ignore[misc]
 
 
 def _begin() -> None:
-    given = request.headers.get("X-Request-ID", "")
-    g.request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{uuids.uuid7().hex}"
-    logs.request_id.set(g.request_id)
+    g.request_id = request_id(request.headers.get("X-Request-ID"))
 
 
 def _end(response: Response) -> Response:

@@ -68,6 +68,14 @@ class Catalog:
                 raise
             raise Unavailable("no GPU worker answered in time", retry_after=1) from None
 
+    def fresh(self, model: str, version: str = "") -> Entry | None:
+        """The entry of a model that somebody asked about so short a time ago that nobody need ask
+        again."""
+        known = self._known.get((model, version))
+        if known is None or self._clock() - known[0] > self._ttl:
+            return None
+        return known[1]
+
     def is_cached(self, model: str, version: str = "") -> bool:
         """May answers of this model be given again, as far as anybody has asked about it?"""
         known = self._known.get((model, version))

@@ -13,6 +13,7 @@ from typing import Any
 import structlog
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
+from werkzeug.http import HTTP_STATUS_CODES
 
 import errors
 from errors import TidegateError
@@ -45,6 +46,7 @@ STATUS: dict[type[TidegateError], int] = {
     errors.Overran: 504,
 }
 
+BUG = "the gateway failed; its log says why"
 MOST_ERRORS, MOST_PATH = 20, 200
 """Wrong fields that one answer lists, and characters of each one's name."""
 
@@ -64,7 +66,8 @@ def status_of(error: TidegateError) -> int:
     return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
 
 
-def on_error(error: TidegateError) -> Response:
+def told(error: TidegateError) -> tuple[int, dict[str, str]]:
+    """The status of an error, and the headers that go with it."""
     headers: dict[str, str] = {}
     status = status_of(error)
     if status == 503 or error.retry_after is not None:
@@ -74,6 +77,16 @@ def on_error(error: TidegateError) -> Response:
     if status == 409 and error.retry_after is None:
         # The openai SDK retries a 409; but for one that says when, ours never go away.
         headers["x-should-retry"] = "false"
+    return status, headers
+
+
+def line(status: int) -> str:
+    """`200 OK`, as WSGI wants it."""
+    return f"{status} {HTTP_STATUS_CODES[status]}"
+
+
+def on_error(error: TidegateError) -> Response:
+    status, headers = told(error)
     return _response(status, error.code, error.message, error.param, headers)
 
 
@@ -95,7 +108,7 @@ def on_http_exception(error: HTTPException) -> Response:
 
 def on_bug(error: Exception) -> Response:
     log.exception("a request failed", action="request.failed", path=request.path)
-    return _response(500, "internal", "the gateway failed; its log says why", None, {})
+    return _response(500, "internal", BUG, None, {})
 
 
 def _pointers(messages: Any, path: str = "") -> Any:

@@ -77,25 +77,37 @@ class Metrics:
         app.after_request(self._end)
         app.teardown_request(self._over)
 
+    def began(self) -> None:
+        """One more request is worked on."""
+        self._in_flight.inc()
+
+    def over(self) -> None:
+        """One less."""
+        self._in_flight.dec()
+
+    def observe(self, method: str, route: str, status: int, seconds: float) -> None:
+        """A request's answer begins."""
+        labels = (method, route, status)
+        observe = self._observers.get(labels)
+        if observe is None:
+            observe = self._observers[labels] = self._requests.labels(*labels).observe
+        observe(seconds)
+
     def _begin(self) -> None:
         g.began = time.perf_counter()
-        self._in_flight.inc()
+        self.began()
 
     def _end(self, response: Response) -> Response:
         if "began" in g:
             # What no route is for has no name of ours, and none of the client's.
             rule = request.url_rule
             named = (request.method, rule.rule) if rule else ("", "")
-            labels = (*named, response.status_code)
-            observe = self._observers.get(labels)
-            if observe is None:
-                observe = self._observers[labels] = self._requests.labels(*labels).observe
-            observe(time.perf_counter() - g.began)
+            self.observe(*named, response.status_code, time.perf_counter() - g.began)
         return response
 
     def _over(self, _error: BaseException | None) -> None:
         if g.pop("began", None) is not None:
-            self._in_flight.dec()
+            self.over()
 
     def refused(self, model: str) -> None:
         self._refused.labels(model).inc()

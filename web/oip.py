@@ -13,22 +13,16 @@ from flask import Blueprint, Response, g, request
 from werkzeug.exceptions import ClientDisconnected
 
 from errors import (
-    BadBody,
-    DeadlineExceeded,
     ModelNotFound,
-    NotFound,
     TidegateError,
     TooLarge,
 )
 from inference import oip
 from inference.metadata import check
 from inference.tensors import Buffer, InferRequest, InferResult
-from storage.lifecycle import JobState
-from storage.records import Record
-from web import durable, gate, idempotency
+from web import durable, gate, idempotency, realtime
 from web.bodies import WholeBody
 from web.context import gateway
-from web.flight import Answer
 from web.http import deadline, preference, require_key, tenant
 from web.json import respond
 from web.lane import QUERY_TIMEOUT
@@ -172,56 +166,22 @@ def infer(model: str, version: str = "") -> Response:
 def _realtime(
     asked: InferRequest, fmt: oip.ResponseFormat, timeout: float, job_id: UUID, *, cached: bool
 ) -> Response:
-    found = gateway()
     # On the answer, whatever it is: see `app._end`.
     g.job_id = job_id
-    started = time.monotonic()
-    try:
-        answer = _from_cache(asked, timeout) if cached else found.lane.infer(asked, timeout)
-    except TidegateError as error:
-        answer = Answer(error, batch_size=1)
-    outcome = answer.outcome
-    failed = outcome if isinstance(outcome, TidegateError) else None
-    if isinstance(failed, NotFound):
-        found.catalog.forget(asked.model, asked.version)
-    found.recorder.add(
-        Record(
-            id=job_id,
-            tenant_id=tenant(),
-            model=asked.model,
-            version=outcome.version if isinstance(outcome, InferResult) else asked.version,
-            state=_state(failed),
-            error=failed.to_wire() if failed else None,
-            duration_ms=round((time.monotonic() - started) * 1000),
-            batch_size=answer.batch_size,
-            cached=answer.cached,
-        )
+    keeping = None
+    if cached:
+        control = request.cache_control
+        fresh = bool(control.no_cache) or control.max_age == 0
+        keeping = realtime.Keeping(fresh=fresh, store=not control.no_store)
+    answer = realtime.run(
+        gateway(), asked, timeout, tenant=tenant(), job_id=job_id, keeping=keeping
     )
-    if isinstance(outcome, TidegateError):
-        raise outcome
-    response = _rendered(outcome, fmt)
+    if isinstance(answer.outcome, TidegateError):
+        raise answer.outcome
+    response = _rendered(answer.outcome, fmt)
     if answer.cache_status:
         response.headers["Cache-Status"] = answer.cache_status
     return response
-
-
-def _from_cache(asked: InferRequest, timeout: float) -> Answer:
-    """Of a model whose answers may be given again. `Cache-Control` is the client's word on it."""
-    control = request.cache_control
-    return gateway().cache.infer(
-        asked,
-        timeout,
-        tenant=tenant(),
-        fresh=bool(control.no_cache) or control.max_age == 0,
-        store=not control.no_store,
-    )
-
-
-def _state(failed: TidegateError | None) -> JobState:
-    """How a request ended: as a job of the durable lane would have."""
-    if isinstance(failed, DeadlineExceeded):
-        return JobState.EXPIRED
-    return JobState.FAILED if failed else JobState.SUCCEEDED
 
 
 def _body() -> Buffer:
@@ -249,11 +209,7 @@ def _refuse_too_large(size: int) -> None:
 
 def _header_length() -> int | None:
     text = request.headers.get(oip.HEADER_LENGTH)
-    if text is None:
-        return None
-    if not re.fullmatch(r"[0-9]{1,12}", text):
-        raise BadBody(f"{oip.HEADER_LENGTH}: must be a number of bytes")
-    return int(text)
+    return None if text is None else oip.header_length(text)
 
 
 def _accepts(encoding: str) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import http.client
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,10 @@ class Batch:
     began: float
 
     @classmethod
-    def make(cls, ground: Ground, file: str, endpoint: str = DIGITS) -> Batch:
-        body = {"input_file_id": file, "endpoint": endpoint, "completion_window": "24h"}
+    def make(
+        cls, ground: Ground, file: str, endpoint: str = DIGITS, *, more: Mapping[str, object] = {}
+    ) -> Batch:
+        body = {"input_file_id": file, "endpoint": endpoint, "completion_window": "24h", **more}
         began = time.monotonic()
         headers = {"Content-Type": "application/json"}
         status, answer = ground.ask("POST", "/v1/batches", json.dumps(body), headers)
