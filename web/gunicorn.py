@@ -7,7 +7,6 @@ twice gthread's requests per second (see DESIGN). No gRPC runs here, which geven
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import shutil
 import tempfile
@@ -80,12 +79,10 @@ def _within(wait: Callable[..., None], connection: Any, seconds: float) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """What has been loaded stays: the garbage collector need not look at it again and again, which
-    takes tens of milliseconds in which nobody is answered. What requests leave behind is mostly
-    gone by itself, so it looks at that less often, too."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
+    """The application is loaded."""
+    from workers import memory
+
+    memory.settle()
 
 
 def worker_exit(server: Any, worker: Any) -> None:

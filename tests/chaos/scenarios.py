@@ -629,6 +629,9 @@ def hints_full(run: Run) -> None:
     """It takes no command that writes. Jobs are accepted: they need none."""
     back: list[float] = []
     with _cramped(run, "redis", 48 * disks.MIB) as folder:
+        # As some keep theirs.
+        with run.world.redis() as client:
+            client.config_set("appendonly", "yes")
         run.batch(run.pick(800, 3000), delay_ms=250)
         run.trickle(run.pick(100, 400), rate=12)
         for _ in range(run.pick(1, 3)):
