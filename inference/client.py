@@ -43,6 +43,8 @@ Json = dict[str, Any]
 
 RETRY_AFTER: Final = 1.0
 """Seconds a client is told to wait where a model server is away or full."""
+MAX_ERROR_BYTES: Final = 1 << 20
+"""The longest text of an error that is read; with a longer one the model failed all the same."""
 RECONNECT: Final = 1.0
 """Most seconds to wait for a lost connection before the request fails; then others may have it."""
 BATCH_SIZE_TIMEOUT: Final = 1.0
@@ -352,6 +354,10 @@ class TritonServer:
         return [
             ("grpc.max_send_message_length", self._max_message_bytes),
             ("grpc.max_receive_message_length", self._max_message_bytes),
+            # An error's text travels as metadata, of which gRPC takes 8 to 16 KiB by itself; and a
+            # model may say more when it fails.
+            ("grpc.max_metadata_size", MAX_ERROR_BYTES),
+            ("grpc.absolute_max_metadata_size", MAX_ERROR_BYTES),
             # More often than once a minute, and servers answer with GOAWAY too_many_pings.
             ("grpc.keepalive_time_ms", 60_000),
             ("grpc.keepalive_timeout_ms", 10_000),
@@ -419,6 +425,7 @@ ERRORS: Final[Mapping[grpc.StatusCode, type[TidegateError]]] = {
 PHRASES: Final[Sequence[tuple[grpc.StatusCode, str, type[TidegateError]]]] = (
     # The client's own limits on messages.
     (grpc.StatusCode.RESOURCE_EXHAUSTED, "message larger than max", TooLarge),
+    (grpc.StatusCode.RESOURCE_EXHAUSTED, "metadata size exceeds", ModelFailed),
     # Triton 2.51: a model that is being loaded or unloaded is "not found".
     (grpc.StatusCode.NOT_FOUND, "has no available versions", ModelNotReady),
     # ... and its statistics call an unknown model an invalid argument.

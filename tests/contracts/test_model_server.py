@@ -159,6 +159,16 @@ def test_a_model_that_fails_says_why(server: ModelServer) -> None:
         server.infer(identity(fail="out of luck"), soon())
 
 
+@pytest.mark.parametrize("size", [17_000, 200_000])
+def test_a_model_that_fails_may_say_a_lot(server: ModelServer, size: int) -> None:
+    """And whoever travels with what it fails at has an answer."""
+    with pytest.raises(ModelFailed) as failed:
+        server.infer(identity(fail="z" * size), soon())
+    assert len(failed.value.message) < 3000
+    outcomes = server.infer_many([identity(), identity(fail="z" * size), identity()], soon())
+    assert [type(outcome) for outcome in outcomes] == [InferResult, ModelFailed, InferResult]
+
+
 # Time
 
 
