@@ -34,6 +34,7 @@ from errors import (
 from inference import frames
 from inference.client import CancelToken, TritonServer
 from inference.fake import Delay, Fail, FakeTriton
+from inference.metadata import ModelSpec
 from inference.tensors import InferRequest, InferResult, Outcome, Tensor
 from storage.dead_letters import LetterFilter
 from storage.files import FileRow, file_key
@@ -389,7 +390,14 @@ def test_lines_of_different_shapes_share_calls_with_their_like_and_keep_their_or
     assert worker.fake.counts("identity").received - before <= 14
 
 
-def test_a_model_that_takes_one_item_at_a_time_runs_several_at_once() -> None:
+@pytest.mark.parametrize(
+    ("somebody_waits", "expected"),
+    [(False, pipeline.AHEAD_ALONE), (True, pipeline.AHEAD_ALONE // pipeline.LESS)],
+    ids=["alone", "beside realtime requests"],
+)
+def test_a_model_that_takes_one_item_at_a_time_runs_several_at_once(
+    somebody_waits: bool, expected: int
+) -> None:
     """In the pipeline, without the ledger: who is under way when the first is answered?"""
     under_way: list[int] = []
     most = 0
@@ -410,10 +418,16 @@ def test_a_model_that_takes_one_item_at_a_time_runs_several_at_once() -> None:
     held = SimpleNamespace(
         token=CancelToken(), until=None, claim=SimpleNamespace(token=1), blame=lambda error: error
     )
-    services = SimpleNamespace(server=SimpleNamespace(start=start), budget=RetryBudget())
+    spec = ModelSpec("m", "1", "python", (), ())
+    services = SimpleNamespace(
+        server=SimpleNamespace(start=start),
+        budget=RetryBudget(),
+        models=SimpleNamespace(spec=lambda *_: spec),
+        running=SimpleNamespace(any=lambda: somebody_waits, until_none=lambda _: None),
+    )
     found = list(pipeline.run(services, held, iter(packs)))  # type: ignore[arg-type]
     assert [answered.pack for answered in found] == packs
-    assert most == pipeline.AHEAD_ALONE
+    assert most == expected
 
 
 @pytest.mark.parametrize("text", [b"", b"\n\n", b"\x89PNG\r\n\x00", b"not json\nnor this"])
