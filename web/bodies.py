@@ -48,7 +48,7 @@ class WholeBody(Body):  # type: ignore[misc]
         super().__init__(reader)
         self._sock = sock
         self._memory = memory
-        self._taken = 0
+        self._came = self._taken = 0
         self._until: float | None = None
 
     @property
@@ -101,8 +101,9 @@ class WholeBody(Body):  # type: ignore[misc]
         with self._receiving():
             data: bytes = self.reader.read(size)
         # A body without a length shows only now what it takes.
-        if self._until is not None and (self._taken or len(data) + self.buf.tell() > SMALL):
-            self._take(len(data))
+        self._came += len(data)
+        if self._until is not None and self._came > max(SMALL, self._taken):
+            self._take(self._came - self._taken)
         return data
 
     def _take(self, size: int) -> None:

@@ -92,7 +92,7 @@ def _connected() -> tuple[Any, Any]:
         return listener.accept()[0], theirs
 
 
-@pytest.mark.parametrize("sent", [b"five\r\n", b"5\r\n12345XX0\r\n\r\n", b"0\r\nno header\r\n\r\n"])
+@pytest.mark.parametrize("sent", [b"five\r\n", b"5\r\n12345XX0\r\n\r\n", b"0\r\na: b\n"])
 def test_what_is_no_body_is_refused(client: Client, sent: bytes) -> None:
     body = client.chunked(sent)
     with pytest.raises(BadBody):
@@ -127,6 +127,7 @@ def test_a_body_without_a_length_is_counted_as_it_comes(client: Client) -> None:
     chunk = b"%x\r\n%s\r\n" % (SMALL, bytes(SMALL))
     body = client.chunked(chunk * 3)
     body.within(30)
+    assert body.read(SMALL)
     with pytest.raises(Overloaded):
-        body.read(3 * SMALL)
+        body.read(SMALL)
     assert body.unread > SMALL
