@@ -16,7 +16,7 @@ from web.lane import RealtimeLane
 def test_a_request_that_is_under_way_leaves_its_place_to_others() -> None:
     state: Any = SimpleNamespace()
     lane = RealtimeLane(state, group="g", window=1, max_items=1)
-    name, submitted = ("m", ""), []
+    name, submitted = ("m", ""), list[object]()
     there: Any = SimpleNamespace(require=lambda timeout: None)
     slow: Any = SimpleNamespace(depth=0, admit=lambda timeout: None, submit=submitted.append)
     lane._presence, lane._coalescers[name] = there, slow
