@@ -181,8 +181,8 @@ class Settings:
     max_realtime_timeout: float = 300.0
     """The longest deadline a realtime request may ask for; it is cut to this."""
     max_queue_time: float = 5.0
-    """A realtime request that would wait longer than this for its turn, or longer than its own
-    deadline, is refused at once: 503 with `Retry-After`."""
+    """A realtime request that is likely to wait longer than this for its turn, or longer than half
+    of its own time, is refused: 503 with `Retry-After`. At once, but a flood at a pace."""
     max_wait: float = 60.0
     """Most seconds of `Prefer: wait=n`."""
     max_streams: int = 1000

@@ -35,7 +35,7 @@ MAX_WAITING_BYTES = 256 << 20
 """Tensor bytes of one model version that one gateway process holds, waiting or in flight: beyond
 it, 503."""
 MAX_FLYING = 64
-"""Messages of one model version in flight, however slow it is."""
+"""Messages of one model version in flight, however slow it is, where nothing else is said."""
 LOST_RETRY_AFTER = 5
 """Seconds a client is told to wait whose request was lost twice."""
 CAUTION = 0.5
@@ -57,6 +57,7 @@ class Coalescer:
         window: int,
         max_items: int,
         max_wait: float = math.inf,
+        max_flying: int = MAX_FLYING,
         patience: float = PATIENCE,
         clock: Callable[[], float] = time.monotonic,
         send: Callable[..., None] = messages.send,
@@ -69,6 +70,7 @@ class Coalescer:
         self._window = window
         self._max_items = max_items
         self._max_wait = max_wait
+        self._max_flying = max_flying
         self._patience = patience
         self._clock = clock
         self._send = send
@@ -140,7 +142,7 @@ class Coalescer:
         now = self._clock()
         self._land_expired(now)
         return len(self._flying) < self._window or (
-            len(self._flying) < MAX_FLYING and now - self._sent >= self._patience
+            len(self._flying) < self._max_flying and now - self._sent >= self._patience
         )
 
     def _take(self) -> list[Waiting]:

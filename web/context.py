@@ -174,6 +174,8 @@ class Gateway:
             window=settings.coalesce_window,
             max_items=settings.coalesce_items,
             max_wait=settings.max_queue_time,
+            # One slow model leaves other models half of a worker.
+            max_flying=max(settings.coalesce_window, settings.realtime_slots // 2),
         )
         catalog = Catalog(lane.query, settings.catalog_ttl)
         metrics = Metrics()

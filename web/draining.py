@@ -14,9 +14,9 @@ import gevent
 from gunicorn.workers.ggevent import GeventWorker
 
 from web import gate
-from web.bodies import WholeBody
+from web.bodies import SMALL, WholeBody
 
-FORGIVEN = 64 * 1024
+FORGIVEN = SMALL
 """Bytes of a refused body that are read to the end, so that its connection can go on."""
 LINGER = 2.0
 """Seconds for the answer to a refused body to reach a client that is still sending."""
@@ -29,6 +29,8 @@ class DrainingWorker(GeventWorker):  # type: ignore[misc]
     clients of this gateway, who keep theirs.
     """
 
+    wsgi: Any
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._idle: dict[Any, gevent.Timeout] = {}
@@ -40,6 +42,7 @@ class DrainingWorker(GeventWorker):  # type: ignore[misc]
         from web.line import Line
 
         self._line = Line
+        self.wsgi = _Honest(self.wsgi)
 
     def timeout_ctx(self) -> _Idle:
         """Around the wait for a connection's next request."""
@@ -49,6 +52,13 @@ class DrainingWorker(GeventWorker):  # type: ignore[misc]
         """One request, in its turn."""
         req.body = WholeBody(req.body.reader, sock)
         gate.arrived.set(time.monotonic())
+        gate.place.set(None)
+        try:
+            self._in_turn(listener_name, req, sock, addr)
+        finally:
+            req.body.release()
+
+    def _in_turn(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> None:
         line = self._line.of(self.app.callable, req)
         if line is None:
             self._serve(listener_name, req, sock, addr)
@@ -58,7 +68,13 @@ class DrainingWorker(GeventWorker):  # type: ignore[misc]
             if refused is None:
                 self._serve(listener_name, req, sock, addr)
             else:
-                self._refuse(refused, req, sock)
+                # One that waits for leave to send its body may send it all the same, or may not.
+                close = req.body.unread > FORGIVEN or req._expected_100_continue or not self.alive
+                ends = close or req.should_close() or not self.cfg.keepalive
+                sock.sendall(line.refusal(refused, close=ends))
+                if close:
+                    _linger(sock)
+                    raise StopIteration
         finally:
             line.leave()
 
@@ -68,20 +84,10 @@ class DrainingWorker(GeventWorker):  # type: ignore[misc]
             super().handle_request(listener_name, req, sock, addr)
         except StopIteration:
             # The connection ends anyway.
-            if _unread(req) > 0:
+            if req.body.unread > 0:
                 _linger(sock)
             raise
-        if _unread(req) > FORGIVEN:
-            # gunicorn would read the rest in pieces of a few KiB, and nobody else would be served
-            # meanwhile.
-            _linger(sock)
-            raise StopIteration
-
-    def _refuse(self, answer: bytes, req: Any, sock: Any) -> None:
-        """As the application would, at a fifth of the price."""
-        sock.sendall(answer)
-        # One that waits for leave to send its body may send it all the same, or may not.
-        if _unread(req) > FORGIVEN or req._expected_100_continue or not self.alive:
+        if _ends(req.body):
             _linger(sock)
             raise StopIteration
 
@@ -124,12 +130,28 @@ class _Idle:
         return error is self._timeout
 
 
-def _unread(req: Any) -> int:
-    """Bytes of the body that nobody read: of a chunked one, any number."""
-    reader = req.body.reader
-    if hasattr(reader, "length"):
-        return int(reader.length)
-    return FORGIVEN + 1 if getattr(reader, "parser", None) is not None else 0
+class _Honest:
+    """The application; where a connection ends because of what was left of a request's body, the
+    answer's headers say so."""
+
+    def __init__(self, app: Any):
+        self._app = app
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        body, answer = environ["wsgi.input"], start_response.__self__
+
+        def start(*args: Any) -> Any:
+            if _ends(body):
+                answer.force_close()
+            return start_response(*args)
+
+        return self._app(environ, start)
+
+
+def _ends(body: Any) -> bool:
+    """gunicorn would read what is left of a body in pieces of a few KiB, and nobody else would be
+    served meanwhile. Where a broken one ends nobody knows."""
+    return isinstance(body, WholeBody) and (body.failed or body.unread > FORGIVEN)
 
 
 def _linger(sock: Any) -> None:

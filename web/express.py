@@ -8,7 +8,6 @@ application, which can do everything that is done here, and says what is wrong w
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from web import error_handlers, gate, realtime
 from web.bodies import WholeBody
 from web.catalog import Entry
 from web.context import Gateway
+from web.head import api_key, asked_model
 from web.http import parse_deadline
 from web.json import dumps
 from web.request_id import request_id
@@ -35,9 +35,6 @@ log = structlog.get_logger(__name__)
 Environ = dict[str, Any]
 Start = Callable[[str, list[tuple[str, str]]], Any]
 
-_INFER = re.compile(
-    r"/v2/models/([A-Za-z0-9][A-Za-z0-9._-]{0,254})(?:/versions/0*([0-9]{1,18}))?/infer"
-)
 _RULES = (
     "/v2/models/<model>/infer",
     "/v2/models/<model>/versions/<version>/infer",
@@ -87,8 +84,8 @@ class Express:
         """The request as far as its head says, if all of that is as usual."""
         if environ["REQUEST_METHOD"] != "POST":
             return None
-        match = _INFER.fullmatch(environ["PATH_INFO"])
-        if match is None or environ.get("QUERY_STRING") or not _UNUSUAL.isdisjoint(environ):
+        name = asked_model(environ["PATH_INFO"])
+        if name is None or environ.get("QUERY_STRING") or not _UNUSUAL.isdisjoint(environ):
             return None
         found, settings = self._found, self._found.services.settings
         accepted = environ.get("HTTP_ACCEPT_ENCODING")
@@ -100,8 +97,9 @@ class Express:
             or not isinstance(environ["wsgi.input"], WholeBody)
         ):
             return None
-        tenant = found.keys.fresh(_key(environ))
-        name = match[1], match[2] or ""
+        tenant = found.keys.fresh(
+            api_key(environ.get("HTTP_AUTHORIZATION", ""), environ.get("HTTP_X_API_KEY", ""))
+        )
         entry = found.catalog.fresh(*name)
         if tenant is None or entry is None or entry.spec.cache_ttl:
             return None
@@ -116,9 +114,7 @@ class Express:
             found.lane.admit(name, limit - _passed())
         except (BadRequest, Overloaded):
             return None
-        return _Plain(
-            tenant, *name, entry, limit, header is not None, head, _RULES[match[2] is not None]
-        )
+        return _Plain(tenant, *name, entry, limit, header is not None, head, _RULES[name[1] != ""])
 
     def _serve(self, plain: _Plain, environ: Environ, start: Start) -> Iterable[bytes]:
         began = time.perf_counter()
@@ -151,6 +147,7 @@ class Express:
         self, plain: _Plain, stream: WholeBody, length: int, headers: list[tuple[str, str]]
     ) -> tuple[int, bytes]:
         found, settings = self._found, self._found.services.settings
+        stream.within(plain.limit - _passed())
         body = stream.whole()
         if body is None or len(body) < length:
             raise BadRequest("the body ended before its announced length")
@@ -181,13 +178,6 @@ class Express:
             headers.append((oip.HEADER_LENGTH, str(header_length)))
             headers.append(("Content-Type", "application/octet-stream"))
         return 200, rendered
-
-
-def _key(environ: Environ) -> str:
-    scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return str(token).strip()
-    return str(environ.get("HTTP_X_API_KEY", ""))
 
 
 def _passed() -> float:

@@ -18,6 +18,7 @@ from config import MIB
 from errors import BadRequest, Gone, NotFound, Unauthenticated
 from storage import time_limit
 from web.context import gateway
+from web.head import api_key
 
 T = TypeVar("T")
 
@@ -54,8 +55,8 @@ def require_json() -> None:
 
 def require_key() -> None:
     """A `before_request`: who is asking. Raises `Unauthenticated`."""
-    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    key = token.strip() if scheme.lower() == "bearer" else request.headers.get("X-API-Key", "")
+    headers = request.headers
+    key = api_key(headers.get("Authorization", ""), headers.get("X-API-Key", ""))
     if not key:
         raise Unauthenticated("give an API key: Authorization: Bearer <key>, or X-API-Key: <key>")
     g.tenant = gateway().keys.tenant_of(key)

@@ -12,6 +12,11 @@ from webargs.core import is_json, missing
 from webargs.flaskparser import FlaskParser
 from werkzeug.exceptions import RequestEntityTooLarge
 
+from web.bodies import WholeBody
+
+RECEIVE = 300.0
+"""Seconds a JSON body may take to come."""
+
 
 def dumps(value: Any) -> bytes:
     """`value` as JSON text; times as RFC 3339 in UTC."""
@@ -39,6 +44,8 @@ class _Parser(FlaskParser):
     def _raw_load_json(self, req: Any) -> Any:
         if not is_json(req.mimetype):
             return missing
+        if isinstance(stream := req.environ["wsgi.input"], WholeBody):
+            stream.within(RECEIVE)
         body = req.get_data()
         if req.content_length is None and len(body) >= (req.max_content_length or len(body) + 1):
             # One of unknown length is cut at the limit without a word.

@@ -19,9 +19,9 @@ from errors import DeadlineExceeded, Unavailable, from_wire
 from inference.tensors import InferRequest
 from storage.redis_state import RedisState
 from tasks import messages
-from web.coalescer import Coalescer
+from web.coalescer import MAX_FLYING, Coalescer
 from web.flight import Answer, Waiting
-from web.gate import Gate, Name
+from web.gate import Gate, Name, place
 from web.lookout import Lookout
 from web.presence import Presence
 from web.refusals import Refusals
@@ -41,12 +41,14 @@ class RealtimeLane:
         window: int,
         max_items: int,
         max_wait: float = math.inf,
+        max_flying: int = MAX_FLYING,
     ):
         self._state = state
         self._group = group
         self._window = window
         self._max_items = max_items
         self._max_wait = max_wait
+        self._max_flying = max_flying
         self._replies = Replies(state)
         self._coalescers: dict[Name, Coalescer] = {}
         self._lock = threading.Lock()
@@ -83,6 +85,7 @@ class RealtimeLane:
                     window=self._window,
                     max_items=self._max_items,
                     max_wait=self._max_wait,
+                    max_flying=self._max_flying,
                     gone=functools.partial(self.gate.freed, key),
                 )
                 self._lookout.start()
@@ -90,6 +93,8 @@ class RealtimeLane:
         waiting = Waiting(request, size, until)
         coalescer.admit(timeout)
         coalescer.submit(waiting)
+        if (coming := place.get()) is not None:
+            coming.leave()
         try:
             return waiting.answer.result(_left(until))
         except FutureTimeout:

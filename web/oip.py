@@ -144,7 +144,9 @@ def infer(model: str, version: str = "") -> Response:
     preferred = preference(settings.max_wait)
     if not preferred.durable and not entry.spec.cache_ttl:
         found.lane.admit((model, version), limit - (time.monotonic() - began))
-    body, header_length = _body(), _header_length()
+    # A job's time begins when it is there.
+    most = settings.max_realtime_timeout if preferred.durable else limit
+    body, header_length = _body(most - (time.monotonic() - began)), _header_length()
     asked, fmt = oip.parse_infer(body, header_length, model=model, version=version, spec=entry.spec)
     check(asked, entry.spec)
     asked, given = oip.take_timeout(asked)
@@ -184,10 +186,13 @@ def _realtime(
     return response
 
 
-def _body() -> Buffer:
-    """The request's body, inflated. `_refuse_too_large` has seen the length it announced."""
+def _body(seconds: float) -> Buffer:
+    """The request's body, received within so many seconds and inflated. `_refuse_too_large` has
+    seen the length it announced."""
     limit = gateway().services.settings.max_body_bytes
     stream = request.environ["wsgi.input"]
+    if isinstance(stream, WholeBody):
+        stream.within(seconds)
     if (length := request.content_length) and isinstance(stream, WholeBody):
         body = stream.whole()
         if body is not None:

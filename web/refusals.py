@@ -11,6 +11,8 @@ RATE = 1000.0
 """Refusals a second that one process gives: about a tenth of its time."""
 BURST = 0.2
 """Seconds of them that may come at once."""
+AHEAD = 60.0
+"""Seconds that nobody waits longer than."""
 
 
 class Refusals:
@@ -31,8 +33,12 @@ class Refusals:
     def wait(self, most: float) -> None:
         """Until it is this one's turn to be refused, `most` seconds at most."""
         now = self._clock()
-        # Greenlets don't interrupt each other here; threads that did would be off by one gap. Who
-        # waits no longer takes no place in line.
-        self._next = min(max(self._next + self._gap, now - BURST), now + most)
-        if self._next > now:
-            self._sleep(self._next - now)
+        # Greenlets don't interrupt each other here; threads that did would be off by one gap.
+        turn = max(self._next + self._gap, now - BURST)
+        if turn - now <= min(most, AHEAD):
+            self._next = turn
+        else:
+            # Who won't wait for its turn takes none, and changes nobody else's.
+            turn = now + min(most, AHEAD)
+        if turn > now:
+            self._sleep(turn - now)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import http.client
 import json
+import socket
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -231,6 +232,7 @@ MODELS = {
         ("nobody/versions/1", "nobody"),
         ("identity/versions/77", "77"),
         ("identity/versions/latest", "latest"),
+        (f"identity/versions/{1:022}", "000"),
         ("identity/versions/-1", "-1"),
         ("identity%00", ""),
         ("..%2Fdigits", "not found"),
@@ -309,7 +311,49 @@ def test_an_unknown_model_is_not_found(gateway: Http, row: Row) -> None:
     check(gateway, row)
 
 
-# Bodies without end
+# Bodies without end, and those that end too soon
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_chunks_that_are_none_are_refused(gateway: Http) -> None:
+    for path in (IDENTITY, "/v1/jobs"):
+        headers = {"Transfer_Encoding": "chunked", "Content_Type": "application/json"}
+        with begun(gateway, path, **headers) as connection:
+            pour(connection, b"five\r\n12345\r\n", 1)
+            reply = receive(connection)
+        assert (reply.status, reply.headers["Connection"]) == (400, "close"), reply
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_body_that_does_not_come_is_waited_for_until_the_deadline(gateway: Http) -> None:
+    headers = {"Content_Length": "1000", "Tidegate_Deadline": "0.3"}
+    with begun(gateway, IDENTITY, **headers) as connection:
+        pour(connection, b"{", 1)
+        reply = receive(connection)
+    assert (reply.status, reply.headers["Connection"]) == (400, "close")
+    assert "in time" in refusal(reply)
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_client_that_goes_away_in_the_middle_is_no_mistake_of_ours(
+    stack: Stack, gateway: Http
+) -> None:
+    log = stack.log("gateway")
+    before = log.stat().st_size
+    for path, more in (
+        (IDENTITY, {}),
+        (IDENTITY, {"Prefer": "respond-async"}),
+        ("/v1/jobs", {"Content_Type": "application/json"}),
+    ):
+        with begun(gateway, path, Content_Length="100000", X_Request_ID="gone", **more) as one:
+            pour(one, bytes(1000), 1)
+            # Closed without a word, it is reset.
+            one.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    # Nobody waits for it, but those who come later are served later.
+    for _ in range(20):
+        assert gateway.post(IDENTITY, [1]).status == 400
+    assert b"Traceback" not in log.read_bytes()[before:]
+    assert b"request.failed" not in log.read_bytes()[before:]
 
 
 @pytest.mark.usefixtures("nothing_runs")
@@ -344,7 +388,20 @@ def test_a_body_over_the_limit_is_refused_before_it_is_sent(gateway: Http) -> No
         reply = receive(connection)
 
     assert reply.status == 413
+    assert reply.headers["Connection"] == "close"
     assert refusal(reply)
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_large_body_that_nobody_read_ends_its_connection_and_the_answer_says_so(
+    gateway: Http,
+) -> None:
+    anybody = Http(gateway.url)
+    for size, ends in ((MIB, "close"), (1000, "keep-alive")):
+        with begun(anybody, IDENTITY, Content_Length=str(size)) as connection:
+            pour(connection, bytes(size), 1)
+            reply = receive(connection)
+        assert (reply.status, reply.headers["Connection"]) == (401, ends)
 
 
 @pytest.mark.usefixtures("nothing_runs")

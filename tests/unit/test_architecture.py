@@ -26,7 +26,7 @@ ENTRANCES = {
     "flask": {"web"},
     "flask_smorest": {"web"},
     "celery": {"workers", "tasks"},
-    "gevent": {"web/gunicorn.py", "web/draining.py", "web/offload.py"},
+    "gevent": {"web/gunicorn.py", "web/draining.py", "web/bodies.py", "web/offload.py"},
 }
 
 

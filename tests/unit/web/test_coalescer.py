@@ -84,6 +84,7 @@ def coalescer(
     max_items: int = 8,
     max_wait: float = math.inf,
     patience: float = 3600,
+    max_flying: int = 64,
     clock: Callable[[], float] = time.monotonic,
 ) -> Coalescer:
     return Coalescer(
@@ -94,6 +95,7 @@ def coalescer(
         max_items=max_items,
         max_wait=max_wait,
         patience=patience,
+        max_flying=max_flying,
         clock=clock,
         send=broker.send,
     )
@@ -255,6 +257,18 @@ def test_slow_requests_do_not_hold_up_the_next_ones(broker: Broker) -> None:
     (quick,) = submit(to)
     broker.answer(broker.next())
     assert isinstance(quick.result(5).outcome, InferResult)
+
+
+def test_a_slow_model_has_so_many_messages_in_flight_and_no_more(broker: Broker) -> None:
+    to = coalescer(broker, window=1, patience=0.001, max_flying=2)
+    submit(to)
+    first = broker.next()
+    submit(to)
+    broker.next()
+    submit(to)
+    assert not broker.arrived.acquire(timeout=0.1)
+    broker.answer(first)
+    broker.next()
 
 
 def test_what_waits_or_flies_is_bounded_in_bytes(broker: Broker) -> None:

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from web.gate import Gate, Name
+from web.gate import Gate, Name, Place
 
 A, B = ("a", ""), ("b", "")
 
@@ -27,8 +27,9 @@ class Lane:
         before = self.held(name) + self.under_way[name]
 
         def run() -> None:
-            self.gate.wait(name, 30)
+            place = self.gate.wait(name, 30)
             self.under_way[name] += 1
+            place.leave()
             self.came.append(number)
 
         thread = threading.Thread(target=run, daemon=True)
@@ -54,15 +55,26 @@ def until(condition: object) -> None:
         time.sleep(0.001)
 
 
+def room(gate: Gate, name: Name) -> bool:
+    return gate._room(name) > 0
+
+
+def let_in(lane: Lane, name: Name) -> None:
+    """One more, at once."""
+    assert room(lane.gate, name)
+    place = lane.gate.wait(name, 0)
+    lane.under_way[name] += 1
+    place.leave()
+
+
 @pytest.fixture
 def lane() -> Lane:
     return Lane(most=2)
 
 
 def test_while_there_is_room_nobody_is_held(lane: Lane) -> None:
-    assert not lane.gate.wait(A, 0)
-    lane.under_way[A] = 1
-    assert not lane.gate.wait(A, 0)
+    let_in(lane, A)
+    let_in(lane, A)
 
 
 def test_who_is_held_comes_in_when_others_are_over_in_order(lane: Lane) -> None:
@@ -78,36 +90,54 @@ def test_who_is_held_comes_in_when_others_are_over_in_order(lane: Lane) -> None:
     assert not lane.gate._held
 
 
-def test_nobody_overtakes_those_who_are_held(lane: Lane) -> None:
+def test_who_comes_lets_in_those_before_it_where_nobody_is_under_way_any_more(lane: Lane) -> None:
+    """The last of those who were may have been over before anybody was held."""
     for number in range(3):
         lane.ask(A, number)
+    assert lane.held(A) == 1
     lane.under_way[A] = 0
-    lane.ask(A, 3)
-    assert lane.held(A) == 2
-    lane.gate.freed(A)
-    until(lambda: sorted(lane.came) == [0, 1, 2, 3])
+    lane.gate.wait(A, 30)
+    until(lambda: lane.came == [0, 1, 2])
+    assert not lane.gate._held
+
+
+def test_those_who_are_slow_to_send_are_counted_and_keep_out_nobody() -> None:
+    under_way = Counter[Name]()
+    gate = Gate(under_way.__getitem__, 4)
+    slow = [gate.wait(A, 0) for _ in range(10)]
+    assert gate.wait(A, 0)
+    under_way[A] = 2
+    assert not room(gate, A)
+    under_way[A] = 1
+    assert room(gate, A)
+    for place in slow:
+        place.leave()
+        place.leave()
+    assert gate._coming[A] == 1
 
 
 def test_a_model_with_a_long_line_holds_up_no_other(lane: Lane) -> None:
     for number in range(4):
         lane.ask(A, number)
-    assert not lane.gate.wait(B, 0)
+    let_in(lane, B)
 
 
 def test_who_has_waited_long_enough_goes_on_and_leaves_no_place_behind(lane: Lane) -> None:
     lane.under_way[A] = 2
-    assert lane.gate.wait(A, 0.01)
+    lane.gate.wait(A, 0.01).leave()
     assert not lane.gate._held
+    assert not lane.gate._coming
 
 
 def test_places_that_were_not_taken_go_to_the_next(lane: Lane) -> None:
     """Who was let in may be gone by then, or be refused."""
     lane.under_way[A] = 2
-    results: list[bool] = []
+    results: list[Place] = []
 
     def leave() -> None:
-        results.append(lane.gate.wait(A, 30))
-        lane.gate.freed(A)
+        place = lane.gate.wait(A, 30)
+        results.append(place)
+        place.leave()
 
     threads = [threading.Thread(target=leave, daemon=True) for _ in range(8)]
     for thread in threads:
@@ -117,4 +147,5 @@ def test_places_that_were_not_taken_go_to_the_next(lane: Lane) -> None:
     lane.gate.freed(A)
     for thread in threads:
         thread.join(10)
-    assert results == [True] * 8
+    assert len(results) == 8
+    assert not lane.gate._coming

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from errors import Overloaded
-from web.line import Line
+from web import gate
+from web.line import HOLD, Line
 
 PATH = "/v2/models/m/infer"
 
@@ -22,18 +23,17 @@ class Lane:
         self.gate = self
         self.refused_at: str | None = None
         self.did: list[str] = []
-        self.held = False
 
     def admit(self, name: object, timeout: float, *, last: bool = False) -> None:
         self.did.append("first look" if last else "second look")
         if self.did[-1] == self.refused_at:
             raise Overloaded("too many", retry_after=7)
 
-    def wait(self, name: object, timeout: float) -> bool:
+    def wait(self, name: object, timeout: float) -> Lane:
         self.did.append(f"held for {timeout:g} at most")
-        return self.held
+        return self
 
-    def freed(self, name: object) -> None:
+    def leave(self) -> None:
         self.did.append("left")
 
 
@@ -45,6 +45,7 @@ class App:
         self.extensions = {
             "tidegate": SimpleNamespace(
                 lane=self.lane,
+                keys=SimpleNamespace(fresh={"known": "tenant"}.get),
                 metrics=SimpleNamespace(refused=self.refused.append),
                 catalog=SimpleNamespace(is_cached=self._is_cached),
                 services=SimpleNamespace(
@@ -60,6 +61,7 @@ class App:
 
 
 def request(method: str = "POST", path: str = PATH, **headers: str) -> Any:
+    headers = {"authorization": "Bearer known", **headers}
     named = [(name.upper().replace("_", "-"), value) for name, value in headers.items()]
     return SimpleNamespace(method=method, path=path, headers=named)
 
@@ -71,10 +73,23 @@ def request(method: str = "POST", path: str = PATH, **headers: str) -> Any:
         request(path="/v1/jobs"),
         request(path="/v2/models/m"),
         request(path="/v2/models/m/versions/x/infer"),
+        request(path=f"/v2/models/m/versions/{1:019}/infer"),
+        request(authorization="Bearer unknown"),
+        request(authorization=""),
         request(prefer="respond-async"),
         request(tidegate_deadline="soon"),
     ],
-    ids=["not an infer", "a job", "metadata", "no version", "for the durable lane", "a mistake"],
+    ids=[
+        "not an infer",
+        "a job",
+        "metadata",
+        "no version",
+        "too long a version",
+        "an unknown key",
+        "no key",
+        "for the durable lane",
+        "a mistake",
+    ],
 )
 def test_what_is_no_realtime_request_stands_in_no_line(asked: Any) -> None:
     assert Line.of(App(), asked) is None
@@ -97,32 +112,51 @@ def test_whose_turn_comes_goes_on() -> None:
     assert line
     assert line.wait() is None
     line.leave()
-    assert app.lane.did == ["first look", "held for 2.5 at most", "second look"]
+    assert app.lane.did == ["first look", "held for 2.5 at most", "second look", "left"]
 
 
-def test_who_was_held_makes_room_when_it_is_over_once() -> None:
+def test_the_path_is_read_as_the_application_reads_it() -> None:
     app = App()
-    app.lane.held = True
+    assert Line.of(app, request(path="/v2/m%6fdels/%6D/infer", authorization="", x_api_key="known"))
+    assert app.asked == [("m", "")]
+
+
+def test_whose_body_may_say_how_long_it_may_take_is_not_held_for_long() -> None:
+    app = App()
     line = Line.of(app, request())
     assert line
     line.wait()
-    line.leave()
-    line.leave()
-    assert app.lane.did[-2:] == ["second look", "left"]
+    assert f"held for {HOLD:g} at most" in app.lane.did
+
+
+def test_the_place_is_known_to_whoever_works_on_the_request() -> None:
+    app = App()
+    line = Line.of(app, request())
+    assert line
+    line.wait()
+    assert gate.place.get() is app.lane  # type: ignore[comparison-overlap]
 
 
 @pytest.mark.parametrize("at", ["first look", "second look"])
 def test_for_whom_it_is_too_long_hears_so_in_a_whole_answer(at: str) -> None:
     app = App()
-    app.lane.held, app.lane.refused_at = True, at
-    line = Line.of(app, request())
+    app.lane.refused_at = at
+    line = Line.of(app, request(tidegate_deadline="30", x_request_id="mine"))
     assert line
-    answer = line.wait()
-    assert answer is not None
+    error = line.wait()
+    assert error is not None
+    answer = line.refusal(error, close=False)
+    assert b"\r\nConnection: close\r\n" in line.refusal(error, close=True)
     head, _, body = answer.partition(b"\r\n\r\n")
     lines = head.decode().split("\r\n")
     assert lines[0] == "HTTP/1.1 503 Service Unavailable"
-    assert {"Retry-After: 7", f"Content-Length: {len(body)}"} <= set(lines)
+    assert {
+        "Retry-After: 7",
+        f"Content-Length: {len(body)}",
+        "X-Request-ID: mine",
+        "X-Content-Type-Options: nosniff",
+    } <= set(lines)
+    assert "Connection" not in head.decode()
     assert json.loads(body) == {"error": "too many"}
     assert app.refused == ["m"]
     # Those behind it are let in before it is told.

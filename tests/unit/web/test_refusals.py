@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from web.refusals import BURST, RATE, Refusals
+from web.refusals import AHEAD, BURST, RATE, Refusals
 
 
 class Time:
@@ -48,3 +48,23 @@ def test_who_comes_after_a_flood_need_not_wait_for_it_to_have_been_paced() -> No
     time.slept.clear()
     one.wait(1.0)
     assert max(time.slept) < 0.3
+
+
+def test_who_cannot_wait_takes_no_turn_and_changes_nobody_elses() -> None:
+    time = Time()
+    one = refusals(time)
+    for _ in range(int(RATE * BURST) + 100):
+        one.wait(1.0)
+    time.slept.clear()
+    one.wait(0.001)
+    one.wait(1.0)
+    assert round(time.slept[0], 6) == 0.001
+    assert round(time.slept[1] * RATE) == 100
+
+
+def test_the_line_does_not_grow_without_end() -> None:
+    time = Time()
+    one = refusals(time)
+    for _ in range(int((AHEAD + 10) * RATE)):
+        one.wait(300.0)
+    assert max(time.slept) == AHEAD
