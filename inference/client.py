@@ -7,11 +7,15 @@ a fork hangs after it.
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from queue import Empty, SimpleQueue
 from typing import Any, Final, Protocol
 
 import grpc
@@ -34,12 +38,15 @@ from errors import (
 )
 from inference import packing
 from inference.deadline import CancelToken, Deadline
+from inference.parts import CALLED_OFF, LATE, Call, Parts
 from inference.protocol import message_to_result, request_to_message, to_json
 from inference.tensors import InferRequest, InferResult, Outcome
 
 __all__ = ["CancelToken", "Deadline", "ModelServer", "Outcome", "TritonServer", "translate"]
 
 Json = dict[str, Any]
+HandOut = Callable[[dict[int, Outcome]], object]
+"""Takes a part of the outcomes, by their requests' places."""
 
 RETRY_AFTER: Final = 1.0
 """Seconds a client is told to wait where a model server is away or full."""
@@ -47,6 +54,8 @@ MAX_ERROR_BYTES: Final = 1 << 20
 """The longest text of an error that is read; with a longer one the model failed all the same."""
 RECONNECT: Final = 1.0
 """Most seconds to wait for a lost connection before the request fails; then others may have it."""
+GATHER: Final = 0.02
+"""Seconds that outcomes wait for those of other calls, to be handed out together."""
 BATCH_SIZE_TIMEOUT: Final = 1.0
 """Seconds to ask how many rows a model takes at once."""
 BATCH_SIZE_TTL: Final = 30.0
@@ -75,6 +84,20 @@ class ModelServer(Protocol):
         """Run requests together; the outcome of each, in their order. Raises nothing itself.
         `cancelled`: a token a request; one that shares its call with others is called off once they
         all are, and its outcome is Cancelled at any rate."""
+
+    def infer_in_parts(
+        self,
+        requests: Sequence[InferRequest],
+        deadlines: Sequence[Deadline],
+        hand_out: HandOut,
+        cancelled: Sequence[CancelToken] | None = None,
+        *,
+        gather: float = GATHER,
+    ) -> None:
+        """As `infer_many`, but each request has a deadline of its own, and those that are over do
+        not wait for the others: `hand_out` is given one part of the outcomes after another, each
+        by its request's place, in this thread. A part waits `gather` seconds for more, so that
+        what ends together is one part. What `hand_out` raises ends the calls still in progress."""
 
     def start(
         self, request: InferRequest, deadline: Deadline, cancelled: CancelToken | None = None
@@ -130,8 +153,8 @@ class TritonServer:
     def infer(
         self, request: InferRequest, deadline: Deadline, cancelled: CancelToken | None = None
     ) -> InferResult:
-        tokens = None if cancelled is None else [cancelled]
-        result: InferResult = _value(self._infer_each([request], deadline, tokens)[0])
+        call = Call(packing.single(request, 0), deadline, cancelled)
+        result: InferResult = _value(self._infer(call))
         return result
 
     def infer_many(
@@ -140,52 +163,43 @@ class TritonServer:
         deadline: Deadline,
         cancelled: Sequence[CancelToken] | None = None,
     ) -> list[Outcome]:
-        outcomes: list[Outcome | None] = [None] * len(requests)
-        packs = self._plan(requests, deadline)
-        tokens = None
-        if cancelled is not None:
-            tokens = [
-                CancelToken.all_of(cancelled[member.index] for member in pack.members)
-                for pack in packs
-            ]
-        answers = self._infer_each([pack.request for pack in packs], deadline, tokens)
-        alone: list[int] = []
-        for pack, answer in zip(packs, answers, strict=True):
-            indexes = [member.index for member in pack.members]
-            try:
-                shares: Sequence[Outcome] = packing.split(pack, _value(answer))
-            except TidegateError as error:
-                if pack.merged and may_be_one_members_fault(error):
-                    alone += indexes
-                    continue
-                shares = [error] * len(indexes)
-            except packing.UnsplittableError:
-                alone += indexes
-                continue
-            for index, share in zip(indexes, shares, strict=True):
-                outcomes[index] = share
-        if alone:
-            # One by one, so that a request the model fails at does not fail its neighbours.
-            tokens = None if cancelled is None else [cancelled[at] for at in alone]
-            again = self._infer_each([requests[at] for at in alone], deadline, tokens)
-            for index, share in zip(alone, again, strict=True):
-                outcomes[index] = share
-        for index, token in enumerate(cancelled or ()):
-            if token.cancelled:
-                outcomes[index] = Cancelled(_TEXTS[Cancelled])
-        assert None not in outcomes
-        return [outcome for outcome in outcomes if outcome is not None]
+        found: dict[int, Outcome] = {}
+        deadlines = [deadline] * len(requests)
+        self.infer_in_parts(requests, deadlines, found.update, cancelled, gather=math.inf)
+        return [found[place] for place in range(len(requests))]
+
+    def infer_in_parts(
+        self,
+        requests: Sequence[InferRequest],
+        deadlines: Sequence[Deadline],
+        hand_out: HandOut,
+        cancelled: Sequence[CancelToken] | None = None,
+        *,
+        gather: float = GATHER,
+    ) -> None:
+        if not requests:
+            return
+        parts = Parts(requests, deadlines, cancelled)
+        latest = max(deadlines, key=lambda one: one.at)
+        calls = [parts.call(pack) for pack in self._plan(requests, latest)]
+        if len(calls) == 1:
+            # Nothing to hand out before this one is over: it needs no queue.
+            calls = parts.settle(calls[0], self._infer(calls[0]))
+        if calls:
+            self._infer_each(calls, parts, hand_out, gather)
+        if parts.any:
+            hand_out(parts.take())
 
     def start(
         self, request: InferRequest, deadline: Deadline, cancelled: CancelToken | None = None
     ) -> Callable[[], Outcome]:
         message = _with_timeout(request_to_message(request), deadline)
-        wait = self._begin("ModelInfer", message, deadline, cancelled)
+        sent = self._begin("ModelInfer", message, deadline, cancelled)
 
         def outcome() -> Outcome:
-            answer = wait()
+            answer = sent.result()
             if isinstance(answer, _LOST) and self._reconnect(deadline):
-                answer = self._begin("ModelInfer", message, deadline, cancelled)()
+                answer = self._begin("ModelInfer", message, deadline, cancelled).result()
             return answer if isinstance(answer, TidegateError) else _read_result(answer)
 
         return outcome
@@ -256,18 +270,57 @@ class TritonServer:
 
     # Calling
 
+    def _infer(self, call: Call) -> Outcome:
+        message = _message(call)
+        answer = self._exchange("ModelInfer", message, call.deadline, call.token)
+        return answer if isinstance(answer, TidegateError) else _read_result(answer)
+
     def _infer_each(
-        self,
-        requests: Sequence[InferRequest],
-        deadline: Deadline,
-        cancelled: Sequence[CancelToken] | None,
-    ) -> list[Outcome]:
-        messages = [_with_timeout(request_to_message(one), deadline) for one in requests]
-        answers = self._call_each("ModelInfer", messages, deadline, cancelled)
-        return [
-            answer if isinstance(answer, TidegateError) else _read_result(answer)
-            for answer in answers
-        ]
+        self, calls: Sequence[Call], parts: Parts, hand_out: HandOut, gather: float
+    ) -> None:
+        """Make these calls, and those that are made instead of failed ones, all at once. Hands out
+        all parts but the last."""
+        arrived: SimpleQueue[Call] = SimpleQueue()
+        flying: dict[Call, _Sent] = {}
+        until = math.inf
+        away = False
+
+        def send(call: Call) -> None:
+            flying[call] = sent = self._begin(
+                "ModelInfer", _message(call), call.deadline, call.token
+            )
+            sent.then(functools.partial(arrived.put, call))
+
+        try:
+            for call in calls:
+                send(call)
+            while flying:
+                try:
+                    pause = min(until - time.monotonic(), parts.next_expiry())
+                    call = arrived.get(timeout=None if pause == math.inf else max(0.0, pause))
+                except Empty:
+                    pass
+                else:
+                    answer = flying.pop(call).result()
+                    # One that stays away is waited for once, not by each of these calls.
+                    lost = isinstance(answer, _LOST) and not call.again and not away
+                    if lost and self._reconnect(call.deadline):
+                        send(replace(call, again=True))
+                    else:
+                        away = away or lost
+                        failed = isinstance(answer, TidegateError)
+                        outcome = answer if failed else _read_result(answer)
+                        for one in parts.settle(call, outcome):
+                            send(one)
+                parts.expire()
+                if parts.any and until == math.inf:
+                    until = time.monotonic() + gather
+                if flying and time.monotonic() >= until:
+                    hand_out(parts.take())
+                    until = math.inf
+        finally:
+            for sent in flying.values():
+                sent.cancel()
 
     def _probe(self, method: str, message: Any, deadline: Deadline, field: str) -> bool:
         try:
@@ -276,51 +329,34 @@ class TritonServer:
             return False
 
     def _call(self, method: str, message: Any, deadline: Deadline) -> Any:
-        return _value(self._call_each(method, [message], deadline, None)[0])
+        return _value(self._exchange(method, message, deadline, None))
 
-    def _call_each(
-        self,
-        method: str,
-        messages: Sequence[Any],
-        deadline: Deadline,
-        cancelled: Sequence[CancelToken] | None,
-    ) -> list[Any]:
-        """The response or the error of each message, all sent at once.
+    def _exchange(
+        self, method: str, message: Any, deadline: Deadline, token: CancelToken | None
+    ) -> Any:
+        """The response or the error.
 
         A call that lost its connection is sent once more: the first calls after a restart of the
         server find the old connection. A model may so see a request twice, which "at least once"
         allows.
         """
-        answers = self._send(method, messages, deadline, cancelled)
-        lost = [at for at, answer in enumerate(answers) if isinstance(answer, _LOST)]
-        if lost and self._reconnect(deadline):
-            tokens = None if cancelled is None else [cancelled[at] for at in lost]
-            again = self._send(method, [messages[at] for at in lost], deadline, tokens)
-            for at, answer in zip(lost, again, strict=True):
-                answers[at] = answer
-        return answers
+        answer = self._send(method, message, deadline, token)
+        if isinstance(answer, _LOST) and self._reconnect(deadline):
+            answer = self._send(method, message, deadline, token)
+        return answer
 
     def _send(
-        self,
-        method: str,
-        messages: Sequence[Any],
-        deadline: Deadline,
-        cancelled: Sequence[CancelToken] | None,
-    ) -> list[Any]:
-        if len(messages) == 1 and cancelled is None:
+        self, method: str, message: Any, deadline: Deadline, token: CancelToken | None
+    ) -> Any:
+        if token is None:
             # The blocking form spares a hand-over between threads; nobody can cancel it.
             call = getattr(self._connect(), method)
-            return [_answer(lambda: call(messages[0], timeout=deadline.require()))]
-        waits = [
-            self._begin(method, message, deadline, cancelled[at] if cancelled is not None else None)
-            for at, message in enumerate(messages)
-        ]
-        return [wait() for wait in waits]
+            return _answer(lambda: call(message, timeout=deadline.require()))
+        return self._begin(method, message, deadline, token).result()
 
     def _begin(
         self, method: str, message: Any, deadline: Deadline, token: CancelToken | None
-    ) -> Callable[[], Any]:
-        """Send one message; what is returned waits for the response or the error."""
+    ) -> _Sent:
         call = getattr(self._connect(), method)
 
         def send() -> Any:
@@ -329,18 +365,7 @@ class TritonServer:
                 token.check()
             return call.future(message, timeout=remaining)
 
-        future = _answer(send)
-        if isinstance(future, TidegateError):
-            return lambda: future
-        calling = ExitStack()
-        if token is not None:
-            calling.enter_context(token.calling(future.cancel))
-
-        def wait() -> Any:
-            with calling:
-                return _answer(future.result)
-
-        return wait
+        return _Sent(_answer(send), token)
 
     def _connect(self) -> Any:
         with self._lock:
@@ -385,6 +410,37 @@ class TritonServer:
         return True
 
 
+class _Sent:
+    """A message on its way, which its token calls off."""
+
+    def __init__(self, future: Any, token: CancelToken | None):
+        """`future`: or the error that it was not sent for."""
+        self._future = future
+        self._calling = ExitStack()
+        if token is not None and not isinstance(future, TidegateError):
+            self._calling.enter_context(token.calling(future.cancel))
+
+    def then(self, callback: Callable[[], object]) -> None:
+        """Once `result` has no need to wait: in this thread if it has none now, or in another."""
+        if isinstance(self._future, TidegateError):
+            callback()
+        else:
+            self._future.add_done_callback(lambda _: callback())
+
+    def result(self) -> Any:
+        """Waits for the response or the error."""
+        with self._calling:
+            if isinstance(self._future, TidegateError):
+                return self._future
+            return _answer(self._future.result)
+
+    def cancel(self) -> None:
+        """Nobody wants it any more."""
+        with self._calling:
+            if not isinstance(self._future, TidegateError):
+                self._future.cancel()
+
+
 # Errors
 
 
@@ -394,11 +450,6 @@ class _ConnectionLost(ModelNotReady):
 
 
 _LOST = (_ConnectionLost, ServerLost)
-
-
-def may_be_one_members_fault(error: TidegateError) -> bool:
-    """Of several that shared a call; the others may do better alone."""
-    return not isinstance(error, Unavailable | DeadlineExceeded | Cancelled | ModelNotFound)
 
 
 ERRORS: Final[Mapping[grpc.StatusCode, type[TidegateError]]] = {
@@ -454,8 +505,8 @@ PHRASES: Final[Sequence[tuple[grpc.StatusCode, str, type[TidegateError]]]] = (
 _TEXTS: Final[Mapping[type[TidegateError], str]] = {
     _ConnectionLost: "the model server cannot be reached",
     ServerLost: "the model server went away while it ran this",
-    DeadlineExceeded: "the time for this request is over",
-    Cancelled: "the request was called off",
+    DeadlineExceeded: LATE,
+    Cancelled: CALLED_OFF,
 }
 """Where gRPC's words would mean nothing to a client of ours."""
 
@@ -508,6 +559,10 @@ def _value(answer: Any) -> Any:
     if isinstance(answer, TidegateError):
         raise answer
     return answer
+
+
+def _message(call: Call) -> Any:
+    return _with_timeout(request_to_message(call.pack.request), call.deadline)
 
 
 def _with_timeout(message: Any, deadline: Deadline) -> Any:

@@ -63,10 +63,12 @@ def decode_requests(frame: Buffer) -> list[InferRequest]:
     return requests
 
 
-def encode_outcomes(outcomes: Sequence[Outcome]) -> bytes:
-    """Results and errors, in their order, as one frame."""
+def encode_outcomes(outcomes: Sequence[Outcome | None]) -> bytes:
+    """Results and errors, in their order, as one frame. None: it comes in another one."""
     header = [
-        {"error": outcome.to_wire()}
+        {"pending": True}
+        if outcome is None
+        else {"error": outcome.to_wire()}
         if isinstance(outcome, TidegateError)
         else {
             "model": outcome.model,
@@ -82,10 +84,24 @@ def encode_outcomes(outcomes: Sequence[Outcome]) -> bytes:
 
 
 def decode_outcomes(frame: Buffer) -> list[Outcome]:
-    """The outcomes of a frame; tensors are slices of it. Raises BadBody if it is corrupt."""
+    """The outcomes of a frame that holds them all; tensors are slices of it. Raises BadBody if it
+    is corrupt."""
+    part = decode_part(frame)
+    outcomes = [outcome for outcome in part if outcome is not None]
+    if len(outcomes) != len(part):
+        raise _corrupt("an outcome is missing")
+    return outcomes
+
+
+def decode_part(frame: Buffer) -> list[Outcome | None]:
+    """The outcomes of a frame, None for those that come in another one; tensors are slices of it.
+    Raises BadBody if it is corrupt."""
     reader = _Reader(frame)
-    outcomes: list[Outcome] = []
+    outcomes: list[Outcome | None] = []
     for entry in reader.entries:
+        if "pending" in entry.fields:
+            outcomes.append(None)
+            continue
         if "error" in entry.fields:
             outcomes.append(entry.error())
             continue

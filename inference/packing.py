@@ -82,6 +82,11 @@ def plan(
     return [Pack(merge(group.requests), tuple(group.members)) for group in groups]
 
 
+def single(request: InferRequest, index: int) -> Pack:
+    """A request that goes alone."""
+    return Pack(request, (Member(index, 0, request.id),))
+
+
 def split(pack: Pack, result: InferResult) -> list[InferResult]:
     """The result of each member, in their order, with its own id.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import structlog
 
 from errors import Cancelled, DeadlineExceeded, Retry, TidegateError, Unavailable
 from inference.client import Deadline
-from inference.tensors import InferRequest, InferResult
+from inference.tensors import InferRequest, Outcome
 from storage import time_limit
 from storage.work import Claim
 from tasks.bootstrap import Services, WorkerServices
@@ -22,6 +22,9 @@ BACKOFF = 0.5
 MAX_BACKOFF = {Retry.COUNTED: 30.0, Retry.FREE: 4.0, Retry.NEVER: 0.0}
 """Seconds between attempts: the first, doubled each time, up to the last; half of it by chance.
 Where something is away, soon enough to notice its return; the retry budget spares it the storm."""
+
+GATHER = 0.05
+"""Seconds that what has been answered waits for the rest of its hint, to be committed with it."""
 
 
 def guarded(services: Services, held: Sequence[Held], run: Callable[[], object]) -> None:
@@ -94,19 +97,38 @@ def behind(services: WorkerServices, request: InferRequest) -> InferRequest:
 
 
 def infer(
-    services: WorkerServices, held: Sequence[Held], requests: Sequence[InferRequest]
-) -> list[InferResult | TidegateError]:
-    """Run requests of one model, each for a chunk in `held`; what each came to, and where it did
-    not come to an end, what that means for its chunk."""
+    services: WorkerServices,
+    held: Sequence[Held],
+    requests: Sequence[InferRequest],
+    hand_out: Callable[[list[tuple[Held, Outcome]]], object],
+) -> None:
+    """Run requests of one model, each for a chunk in `held`. `hand_out` is given what each came to,
+    or where it did not come to an end, what that means for its chunk: those that are over do not
+    wait for the others."""
     if not requests:
-        return []
+        return
     model = requests[0].model
     allow(services, held, model)
     requests = [behind(services, request) for request in requests]
-    outcomes = services.server.infer_many(requests, until(held), [one.token for one in held])
-    away = any(isinstance(outcome, Unavailable) for outcome in outcomes)
-    services.budget.record(model, away=away)
-    return [
-        one.blame(outcome) if isinstance(outcome, TidegateError) else outcome
-        for one, outcome in zip(held, outcomes, strict=True)
-    ]
+    away = False
+
+    def judged(part: Mapping[int, Outcome]) -> None:
+        nonlocal away
+        away = away or any(isinstance(outcome, Unavailable) for outcome in part.values())
+        hand_out(
+            [
+                (one, one.blame(outcome) if isinstance(outcome, TidegateError) else outcome)
+                for one, outcome in ((held[at], outcome) for at, outcome in part.items())
+            ]
+        )
+
+    try:
+        services.server.infer_in_parts(
+            requests,
+            [until(held)] * len(held),
+            judged,
+            [one.token for one in held],
+            gather=GATHER,
+        )
+    finally:
+        services.budget.record(model, away=away)

@@ -11,7 +11,7 @@ from celery import shared_task
 
 from errors import Cancelled, Retry, TidegateError, Unavailable
 from inference import frames
-from inference.tensors import InferRequest, InferResult
+from inference.tensors import InferRequest, InferResult, Outcome
 from storage import time_limit
 from storage.lifecycle import JobKind
 from storage.work import Claim, Done
@@ -61,8 +61,9 @@ def _claim(services: WorkerServices, ids: Sequence[int], *, alone: bool) -> list
 
 
 def _run_singles(services: WorkerServices, held: Sequence[Held]) -> None:
-    """One-item jobs, run as few Triton calls and committed in one transaction. What goes wrong with
-    one of them, at any step, is that one's alone."""
+    """One-item jobs, run as few Triton calls and committed in one transaction, or those that are
+    over in one and the slow ones in a later one. What goes wrong with one of them, at any step, is
+    that one's alone."""
     ready: list[tuple[Held, InferRequest]] = []
     done: list[Done] = []
     for one in held:
@@ -71,17 +72,25 @@ def _run_singles(services: WorkerServices, held: Sequence[Held]) -> None:
                 ready.append((one, _single_request(services, one.claim)))
         except TidegateError as error:
             _settle(services, one.claim, attempts.blame(one, error), done)
-    outcomes = attempts.infer(
-        services, [one for one, _ in ready], [request for _, request in ready]
-    )
-    for (one, _), outcome in zip(ready, outcomes, strict=True):
-        try:
-            if isinstance(outcome, TidegateError):
-                raise outcome
-            with time_limit.within(one.until.remaining()):
-                done.append(_keep(services, one.claim, outcome))
-        except TidegateError as error:
-            _settle(services, one.claim, attempts.blame(one, error), done)
+
+    def keep(part: Sequence[tuple[Held, Outcome]]) -> None:
+        for one, outcome in part:
+            try:
+                if isinstance(outcome, TidegateError):
+                    raise outcome
+                with time_limit.within(one.until.remaining()):
+                    done.append(_keep(services, one.claim, outcome))
+            except TidegateError as error:
+                _settle(services, one.claim, attempts.blame(one, error), done)
+        _commit(services, held, done)
+        done.clear()
+        services.leases.let_go([one for one, _ in part])
+
+    attempts.infer(services, [one for one, _ in ready], [request for _, request in ready], keep)
+    _commit(services, held, done)
+
+
+def _commit(services: WorkerServices, held: Sequence[Held], done: Sequence[Done]) -> None:
     try:
         services.chunks.commit(done)
     except Unavailable:

@@ -103,9 +103,13 @@ class Leases:
         try:
             yield held
         finally:
-            with self._lock:
-                for claim in claims:
-                    self._held.pop((claim.id, claim.token), None)
+            self.let_go(held)
+
+    def let_go(self, held: Sequence[Held]) -> None:
+        """Of what has been committed or given back, though the block still runs others."""
+        with self._lock:
+            for one in held:
+                self._held.pop((one.claim.id, one.claim.token), None)
 
     def _deadline(self, claim: Claim) -> Deadline:
         # What was answered by the job's deadline is put together after it.

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from errors import Cancelled, DeadlineExceeded, Retry, TidegateError, Unavailable
 from inference import packing
-from inference.client import CancelToken, may_be_one_members_fault
+from inference.client import CancelToken
+from inference.parts import may_be_one_members_fault
 from inference.tensors import InferResult, Outcome
 from tasks import attempts
 from tasks.bootstrap import WorkerServices

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -13,7 +13,7 @@ from celery import shared_task
 from errors import BadRequest, DeadlineExceeded, TidegateError, Unavailable
 from inference import frames
 from inference.client import Deadline
-from inference.tensors import InferResult
+from inference.tensors import Outcome
 from tasks import messages
 from tasks.bootstrap import WorkerServices, worker_services
 
@@ -43,10 +43,13 @@ def run_realtime(message: str, gateway: str, deadlines: list[float]) -> None:
         services.watchdog.watching(messages.REALTIME, blob.remaining + GRACE),
         services.running.message(name),
     ):
-        outcomes = _outcomes(
-            services, blob.data, deadlines, elapsed=max(deadlines) - blob.remaining
-        )
-        _reply(services, gateway, name, frames.encode_outcomes(outcomes), until)
+        elapsed = max(deadlines) - blob.remaining
+        left = [deadline - elapsed for deadline in deadlines]
+
+        def reply(outcomes: Sequence[Outcome | None]) -> None:
+            _reply(services, gateway, name, frames.encode_outcomes(outcomes), until)
+
+        _run(services, blob.data, left, reply)
 
 
 def _reply(
@@ -64,28 +67,45 @@ def _reply(
             time.sleep(REPLY_PAUSE)
 
 
-def _outcomes(
-    services: WorkerServices, data: bytes, deadlines: list[float], elapsed: float
-) -> list[InferResult | TidegateError]:
+def _run(
+    services: WorkerServices,
+    data: bytes,
+    left: Sequence[float],
+    reply: Callable[[Sequence[Outcome | None]], None],
+) -> None:
+    """Run requests that have so many seconds `left`. Those that are over are answered, in a reply
+    of their own if need be, and the others in a later one: a slow request makes nobody late."""
+    late = DeadlineExceeded("the request's deadline passed while it waited")
+    open_ = set(range(len(left)))
+    live = [place for place in open_ if left[place] > 0]
+    ready: dict[int, Outcome] = dict.fromkeys(open_.difference(live), late)
+
+    def answer() -> None:
+        reply([ready.get(place) for place in range(len(left))])
+        open_.difference_update(ready)
+        ready.clear()
+
+    def answer_part(part: Mapping[int, Outcome]) -> None:
+        ready.update((live[at], outcome) for at, outcome in part.items())
+        answer()
+
+    failed: TidegateError
     try:
         requests = frames.decode_requests(data)
-        left = [deadline - elapsed for deadline in deadlines]
-        late = DeadlineExceeded("the request's deadline passed while it waited")
-        outcomes: list[InferResult | TidegateError] = [late] * len(requests)
-        live = [place for place in range(len(requests)) if left[place] > 0]
-        if live:
-            ran = services.server.infer_many(
-                [requests[place] for place in live],
-                Deadline.after(max(left[place] for place in live)),
-            )
-            for place, outcome in zip(live, ran, strict=True):
-                outcomes[place] = outcome
-        return outcomes
+        services.server.infer_in_parts(
+            [requests[place] for place in live],
+            [Deadline.after(left[place]) for place in live],
+            answer_part,
+        )
+        failed = TidegateError("the worker has no answer")
     except TidegateError as error:
-        return [error] * len(deadlines)
+        failed = error
     except Exception:
         log.exception("realtime failed", action="realtime.failed")
-        return [TidegateError("the worker failed; its log says why")] * len(deadlines)
+        failed = TidegateError("the worker failed; its log says why")
+    if open_:
+        ready.update(dict.fromkeys(open_.difference(ready), failed))
+        answer()
 
 
 @shared_task(name=messages.QUERY, send_events=False)

@@ -12,13 +12,13 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 
 from errors import Overloaded, TidegateError, Unavailable
 from inference import frames
-from inference.tensors import InferResult
+from inference.tensors import Outcome
 from storage.redis_state import RedisState, Where
 from tasks import messages
 from web.flight import LOOK_AFTER, Answer, Flight, Move, Waiting
@@ -230,8 +230,9 @@ class Coalescer:
             self._end(flight, [error] * len(flight.batch))
 
     def _landed(self, flight: Flight, data: bytes) -> None:
+        outcomes: Sequence[Outcome | None]
         try:
-            outcomes = frames.decode_outcomes(data)
+            outcomes = frames.decode_part(data)
         except TidegateError as error:
             outcomes = [error] * len(flight.batch)
         except Exception:
@@ -239,31 +240,39 @@ class Coalescer:
             outcomes = []
         self._end(flight, outcomes)
 
-    def _end(self, flight: Flight, outcomes: list[InferResult | TidegateError]) -> None:
-        """The first end counts: a message that was sent again may be answered twice, and one whose
+    def _end(self, flight: Flight, outcomes: Sequence[Outcome | None]) -> None:
+        """The end of a message, or of some of its requests: the others wait for another reply. The
+        first end counts: a message that was sent again may be answered twice, and one whose
         publishing failed may have arrived all the same."""
-        with self._changed:
-            if flight.message not in self._flying:
-                return
-            self._pace.landed(len(flight.batch))
-            self._land(flight.message)
-            self._changed.notify()
         if len(outcomes) != len(flight.batch):
             error = TidegateError("the worker answered another number of requests")
             outcomes = [error] * len(flight.batch)
-        for waiting, outcome in zip(flight.batch, outcomes, strict=True):
+        with self._changed:
+            if flight.message not in self._flying:
+                return
+            held = flight.size
+            ended = flight.settle(outcomes)
+            if not ended:
+                return
+            self._bytes -= held - flight.size
+            self._pace.landed(len(ended))
+            self._gone(len(ended))
+            if not flight.open:
+                self._land(flight)
+            self._changed.notify()
+        for waiting, outcome in ended:
             waiting.answer.set_result(Answer(outcome, len(flight.batch)))
 
     def _land_expired(self, now: float) -> None:
         """A message whose answer never comes gives its place back at its deadline."""
         for flight in [flight for flight in self._flying.values() if flight.until <= now]:
-            self._land(flight.message)
+            self._gone(len(flight.open))
+            self._land(flight)
 
-    def _land(self, message: bytes) -> None:
-        flight = self._flying.pop(message)
+    def _land(self, flight: Flight) -> None:
+        del self._flying[flight.message]
         self._bytes -= flight.size
-        self._replies.forget(message)
-        self._gone(len(flight.batch))
+        self._replies.forget(flight.message)
 
     def _gone(self, requests: int) -> None:
         self._ahead -= requests

@@ -13,12 +13,12 @@ So a message is run twice at most: what kills workers kills two of them.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from errors import TidegateError
-from inference.tensors import InferRequest, InferResult
+from inference.tensors import InferRequest, Outcome
 from storage.redis_state import Where
 
 LOOK_AFTER = 1.0
@@ -35,7 +35,7 @@ as long as a living worker takes to say what it runs."""
 class Answer:
     """What came back for one request, and how many requests travelled in its message; 0: none."""
 
-    outcome: InferResult | TidegateError
+    outcome: Outcome
     batch_size: int
     cached: bool = False
     """It was not run for this request: it had been kept, or was run for another one just like
@@ -97,9 +97,14 @@ class Flight:
     message: bytes
     batch: list[Waiting]
     sent: float
+    open: set[int] = field(init=False)
+    """The places of the requests that have no answer yet."""
     until: float = field(init=False)
-    """When the last of its requests is over."""
+    """When the last of these is over."""
     size: int = field(init=False)
+    """Theirs, in bytes."""
+    asked: set[int] = field(init=False)
+    """The places of those that had none when it was sent."""
     again: bool = False
     """This is its second time."""
     nudged: bool = False
@@ -107,12 +112,34 @@ class Flight:
     """Looks in a row that found it nowhere."""
 
     def __post_init__(self) -> None:
-        self.until = max(waiting.until for waiting in self.batch)
-        self.size = sum(waiting.size for waiting in self.batch)
+        self.open = set(range(len(self.batch)))
+        self.asked = set(self.open)
+        self._measure()
+
+    def _measure(self) -> None:
+        waiting = [self.batch[place] for place in self.open]
+        self.until = max((one.until for one in waiting), default=self.sent)
+        self.size = sum(one.size for one in waiting)
+
+    def settle(self, outcomes: Sequence[Outcome | None]) -> list[tuple[Waiting, Outcome]]:
+        """Take note of a reply, which may leave some to a later one: the requests that it ends.
+        The first answer counts."""
+        ended = {
+            place: outcome
+            for place, outcome in enumerate(outcomes)
+            if outcome is not None and place in self.open
+        }
+        self.open.difference_update(ended)
+        self._measure()
+        return [(self.batch[place], outcome) for place, outcome in ended.items()]
 
     def deadlines(self) -> list[float]:
-        """Seconds from `sent`, when the tensors are stored, to the end of each request."""
-        return [round(waiting.until - self.sent, 3) for waiting in self.batch]
+        """Seconds from `sent`, when the tensors are stored, to the end of each request; of one
+        that had its answer by then, none: it is not run again."""
+        return [
+            round(waiting.until - self.sent, 3) if place in self.asked else 0.0
+            for place, waiting in enumerate(self.batch)
+        ]
 
     def seen(self, where: Where, now: float) -> Move:
         """Take note of where it is."""
@@ -125,3 +152,4 @@ class Flight:
     def resent(self, now: float) -> None:
         """Take note that it starts anew, with what is left of its deadlines."""
         self.sent, self.again, self.nudged, self.missing = now, True, False, 0
+        self.asked = set(self.open)

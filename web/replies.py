@@ -27,7 +27,8 @@ class Replies:
         self._thread: threading.Thread | None = None
 
     def expect(self, message: bytes, deliver: Callable[[bytes], None]) -> None:
-        """Call `deliver` with the reply to this message, from the listener's thread."""
+        """Call `deliver` with each reply to this message, from the listener's thread, until
+        `forget`: the answers to its requests may come in parts."""
         with self._lock:
             self._pending[message] = deliver
             if self._thread is None:
@@ -49,7 +50,7 @@ class Replies:
             if found is None:
                 continue
             with self._lock:
-                deliver = self._pending.pop(found[0], None)
+                deliver = self._pending.get(found[0])
             if deliver is not None:
                 try:
                     deliver(found[1])

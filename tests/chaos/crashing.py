@@ -58,8 +58,8 @@ class Point:
 POINTS = (
     Point("message taken, not claimed", "worker", When.BEFORE, "storage.chunks:Chunks.claim"),
     Point("claimed, not run", "worker", When.AFTER, "storage.chunks:Chunks.claim"),
-    Point("at the model", "worker", When.DURING, "inference.client:TritonServer.infer_many"),
-    Point("answered, not stored", "worker", When.AFTER, "inference.client:TritonServer.infer_many"),
+    Point("at the model", "worker", When.DURING, "inference.client:TritonServer.infer_in_parts"),
+    Point("answered, not stored", "worker", When.AFTER, "inference.packing:split"),
     Point("lines at the model", "worker", When.AFTER, "inference.client:TritonServer.start"),
     Point(
         "lines answered, not stored", "worker", When.AFTER, "tasks.line_format:LineWriter.answered"
@@ -214,11 +214,11 @@ def _poison() -> None:
             threading.Event().wait()
 
     def many(original: Callable[..., Any]) -> Callable[..., Any]:
-        def infer_many(self: Any, requests: Any, *arguments: Any, **named: Any) -> Any:
+        def infer_in_parts(self: Any, requests: Any, *arguments: Any, **named: Any) -> Any:
             look(requests)
             return original(self, requests, *arguments, **named)
 
-        return infer_many
+        return infer_in_parts
 
     def one(original: Callable[..., Any]) -> Callable[..., Any]:
         def start(self: Any, request: Any, *arguments: Any, **named: Any) -> Any:
@@ -227,7 +227,7 @@ def _poison() -> None:
 
         return start
 
-    wrap("inference.client:TritonServer.infer_many", many)
+    wrap("inference.client:TritonServer.infer_in_parts", many)
     wrap("inference.client:TritonServer.start", one)
 
 

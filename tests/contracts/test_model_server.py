@@ -26,7 +26,7 @@ from inference.client import ModelServer, TritonServer
 from inference.deadline import CancelToken, Deadline
 from inference.fake import FakeTriton
 from inference.metadata import ModelSpec, TensorSpec, check
-from inference.tensors import InferRequest, InferResult, Tensor, pack_bytes
+from inference.tensors import InferRequest, InferResult, Outcome, Tensor, pack_bytes
 
 INTS = Tensor("INTS", "INT64", (1, 2), np.array([1, -2], dtype="<i8").tobytes())
 FLOATS = Tensor("FLOATS", "FP32", (1, 3), np.array([0.5, 1e30, -0.0], dtype="<f4").tobytes())
@@ -228,6 +228,17 @@ def test_each_of_many_has_its_own_outcome(server: ModelServer) -> None:
     )
     kinds: list[type[InferResult | TidegateError]] = [type(outcome) for outcome in outcomes]
     assert kinds == [InferResult, BadRequest, ModelFailed, ModelNotFound, InferResult]
+
+
+def test_what_is_over_does_not_wait_for_what_is_slow(server: ModelServer) -> None:
+    server.infer(identity(), soon())
+    requests = [identity(delay_ms=1500), identity(), identity(fail="no"), identity()]
+    parts: list[dict[int, Outcome]] = []
+    server.infer_in_parts(requests, [soon()] * 4, parts.append)
+    assert sorted(place for part in parts for place in part) == [0, 1, 2, 3]
+    assert list(parts[-1]) == [0]
+    kinds = {place: type(outcome) for part in parts for place, outcome in part.items()}
+    assert kinds == {0: InferResult, 1: InferResult, 2: ModelFailed, 3: InferResult}
 
 
 # What the server says of itself

@@ -208,6 +208,22 @@ def busy(mine: Http) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("busy")
+def test_slow_jobs_make_nobody_late_who_runs_beside_them(mine: Http) -> None:
+    # All of them wait for a slot, so that the next hint names them together. Of another shape,
+    # so that Triton does not run them as one batch.
+    late = ints(1, 2, delay_ms=25_000)
+    beside = [submit(mine, input=late, deadline=100) for _ in range(2)]
+    quick = [submit(mine, input=ints(n), deadline=20) for n in range(20)]
+    try:
+        assert {ended(mine, job["id"], 30)["status"] for job in quick} == {"succeeded"}
+        told = [mine.get(job["urls"]["self"]).json()["status"] for job in beside]
+        assert told == ["running", "running"]
+    finally:
+        for job in beside:
+            mine.post(job["urls"]["cancel"])
+
+
+@pytest.mark.usefixtures("busy")
 def test_a_job_that_waits_can_be_called_off_or_expires(mine: Http) -> None:
     waiting, late = submit(mine), submit(mine, deadline=0.3)
     canceled = mine.post(waiting["urls"]["cancel"])

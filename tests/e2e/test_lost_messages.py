@@ -327,3 +327,27 @@ def test_a_request_that_is_late_is_written_down_as_expired(server: Http) -> None
     job = until(partial(server.get, path), 10, ended).json()
     assert (job["status"], job["error"]["code"]) == ("expired", "deadline_exceeded")
     assert job["id"] in [one["id"] for one in server.get("/v1/jobs?status=expired").json()["data"]]
+
+
+def test_a_slow_request_makes_nobody_late_who_travels_with_it(server: Http) -> None:
+    """Three messages in flight make the next requests gather; whether all of these travel together
+    is up to the machine, so it is tried until the slow one had company. It is of another shape than
+    the others, so that Triton does not run them as one batch."""
+    quick, company = 6, 0
+    with ThreadPoolExecutor(quick + 4) as pool:
+        for _ in range(5):
+            ahead = [pool.submit(infer, server, 30, n, delay_ms=400) for n in range(3)]
+            time.sleep(0.1)
+            slow = pool.submit(infer, server, 60, 99, 9, delay_ms=12_000)
+            beside = [pool.submit(infer, server, 8, n) for n in range(quick)]
+            heard = [one.result() for one in [*ahead, *beside]]
+            assert [reply.status for reply in heard] == [200] * len(heard)
+            assert [answered_ints(one.json()) for one in heard[3:]] == [[n] for n in range(quick)]
+            assert not slow.done()
+            assert (slow.result().status, answered_ints(slow.result().json())) == (200, [99, 9])
+            path = f"/v1/jobs/{slow.result().headers['Tidegate-Job-Id']}"
+            job = until(partial(server.get, path), 10, ended).json()
+            company = job["metrics"]["batch_size"] - 1
+            if company:
+                break
+    assert company

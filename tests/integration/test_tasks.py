@@ -6,11 +6,11 @@ import base64
 import json
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from types import SimpleNamespace
+from types import NoneType, SimpleNamespace
 from typing import Any
 from uuid import UUID
 
@@ -36,11 +36,12 @@ from inference.client import CancelToken, TritonServer
 from inference.fake import Delay, Fail, FakeTriton
 from inference.metadata import ModelSpec
 from inference.tensors import InferRequest, InferResult, Outcome, Tensor
+from storage.chunks import Chunks
 from storage.dead_letters import LetterFilter
 from storage.files import FileRow, file_key
 from storage.redis_state import RedisState, Where
-from storage.work import Hint, NewBatch, NewJob
-from tasks import batches, bootstrap, messages, pipeline
+from storage.work import Done, Hint, NewBatch, NewJob
+from tasks import attempts, batches, bootstrap, messages, pipeline
 from tasks.batch_lines import Line
 from tasks.bootstrap import WorkerServices, build_worker_services
 from tasks.budget import RetryBudget
@@ -588,20 +589,64 @@ def test_a_line_that_hangs_is_given_up_alone(worker: Worker) -> None:
     assert (letter.first_line, letter.item_count, letter.attempts) == (3, 1, 3)
 
 
+def test_slow_jobs_are_committed_after_their_neighbours(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits: list[set[int]] = []
+    held: list[int] = []
+    commit = Chunks.commit
+
+    def watched(chunks: Chunks, done: Sequence[Done]) -> set[int]:
+        committed = commit(chunks, done)
+        commits.append(committed)
+        held.append(len(worker.services.leases._held))
+        return committed
+
+    monkeypatch.setattr(Chunks, "commit", watched)
+    quick = [worker.submit(ints(n)) for n in range(10)]
+    slow = worker.submit(ints(99, delay_ms=1500))
+    worker.work()
+    assert {worker.row(job).state for job in [*quick, slow]} == {"succeeded"}
+    assert [len(one) for one in commits if one] == [10, 1]
+    # What has been committed is not held any longer.
+    assert held[:2] == [11, 1]
+
+
+def test_jobs_that_end_together_are_committed_together(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits: list[int] = []
+    commit = Chunks.commit
+
+    def watched(chunks: Chunks, done: Sequence[Done]) -> set[int]:
+        commits.append(len(done))
+        return commit(chunks, done)
+
+    monkeypatch.setattr(Chunks, "commit", watched)
+    # As long as a busy machine takes.
+    monkeypatch.setattr(attempts, "GATHER", 10)
+    jobs = [worker.submit(ints(n, delay_ms=n % 2)) for n in range(10)]
+    worker.work()
+    assert {worker.row(job).state for job in jobs} == {"succeeded"}
+    assert [count for count in commits if count] == [10]
+
+
 def test_an_input_that_takes_triton_down_is_given_up_and_its_neighbours_are_not(
     worker: Worker,
 ) -> None:
-    infer_many = worker.services.server.infer_many
+    infer_in_parts = worker.services.server.infer_in_parts
 
-    def dying(requests: Any, deadline: Any, cancelled: Any) -> Any:
+    def dying(requests: Any, deadlines: Any, hand_out: Any, cancelled: Any, **named: Any) -> None:
         if any(one.parameters.get("poison") for one in requests):
-            return [ServerLost("it went away in the middle of the call")] * len(requests)
-        return infer_many(requests, deadline, cancelled)
+            lost = ServerLost("it went away in the middle of the call")
+            hand_out(dict.fromkeys(range(len(requests)), lost))
+        else:
+            infer_in_parts(requests, deadlines, hand_out, cancelled, **named)
 
     good = [worker.submit(ints(n)) for n in range(10)]
     bad = worker.submit(ints(99, poison=True))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker.services.server, "infer_many", dying)
+        patch.setattr(worker.services.server, "infer_in_parts", dying)
         for _ in range(4):
             worker.work()
             again_at_once(worker)
@@ -688,6 +733,13 @@ def replies(worker: Worker, gateway: str) -> list[InferResult | TidegateError]:
     return frames.decode_outcomes(found[1])
 
 
+def parts(worker: Worker, gateway: str) -> list[Outcome | None]:
+    """One reply, which may leave some to a later one."""
+    found = worker.services.state.next_reply(gateway, timeout=5)
+    assert found is not None
+    return frames.decode_part(found[1])
+
+
 def test_a_realtime_message_is_run_once_and_answered(worker: Worker) -> None:
     name, _ = send(worker, [ints(1), ints(2)], [30, 30])
     gateway = secrets.token_hex(4)
@@ -721,6 +773,29 @@ def test_one_bad_request_of_a_message_fails_alone(worker: Worker) -> None:
     run_realtime.apply(kwargs={"message": name, "gateway": gateway, "deadlines": [30, 30, 30]})
     kinds = [type(outcome) for outcome in replies(worker, gateway)]
     assert kinds == [InferResult, ModelFailed, InferResult]
+
+
+def test_a_slow_request_of_a_message_is_answered_after_its_neighbours(worker: Worker) -> None:
+    name, _ = send(worker, [ints(1), ints(2, delay_ms=1500), ints(3)], [30, 30, 30])
+    gateway = secrets.token_hex(4)
+    run_realtime.apply(kwargs={"message": name, "gateway": gateway, "deadlines": [30, 30, 30]})
+    first, second = (parts(worker, gateway) for _ in range(2))
+    assert [type(outcome) for outcome in first] == [InferResult, NoneType, InferResult]
+    assert [type(outcome) for outcome in second] == [NoneType, InferResult, NoneType]
+    assert worker.services.state.next_reply(gateway, timeout=0.1) is None
+
+
+def test_each_request_of_a_message_has_its_own_deadline(worker: Worker) -> None:
+    requests = [ints(1, delay_ms=1500), ints(2, delay_ms=20_000), ints(3)]
+    name, _ = send(worker, requests, [30, 0.5, 30])
+    gateway = secrets.token_hex(4)
+    run_realtime.apply(kwargs={"message": name, "gateway": gateway, "deadlines": [30, 0.5, 30]})
+    told = [[type(outcome) for outcome in parts(worker, gateway)] for _ in range(3)]
+    assert told == [
+        [NoneType, NoneType, InferResult],
+        [NoneType, DeadlineExceeded, NoneType],
+        [InferResult, NoneType, NoneType],
+    ]
 
 
 def test_when_triton_is_away_the_whole_message_hears_it(worker: Worker) -> None:
@@ -761,7 +836,11 @@ def test_a_worker_says_what_it_runs_while_it_runs_it(
 ) -> None:
     name, message = send(worker, [ints(1)], [30])
     running = threading.Event()
-    monkeypatch.setattr(TritonServer, "infer_many", lambda *_: [ModelFailed(str(running.wait(20)))])
+
+    def infer_in_parts(_self: Any, _requests: Any, _deadlines: Any, hand_out: Any) -> None:
+        hand_out({0: ModelFailed(str(running.wait(20)))})
+
+    monkeypatch.setattr(TritonServer, "infer_in_parts", infer_in_parts)
     gateway = secrets.token_hex(4)
     asked = {"message": name, "gateway": gateway, "deadlines": [30]}
     with ThreadPoolExecutor(1) as pool:

@@ -257,6 +257,111 @@ def test_what_was_called_off_before_is_never_sent(fake: FakeTriton, server: Trit
     assert fake.counts("identity").received == 1
 
 
+# Many requests, answered part by part
+
+
+def held_up(seconds: float) -> InferRequest:
+    return identity(ints([[1, 2]]), parameters={"delay_ms": int(seconds * 1000)})
+
+
+class Parts:
+    """Takes parts, and says when the first is there."""
+
+    def __init__(self) -> None:
+        self.all: list[dict[int, Outcome]] = []
+        self.first = threading.Event()
+
+    def __call__(self, part: dict[int, Outcome]) -> None:
+        self.all.append(part)
+        self.first.set()
+
+    @property
+    def kinds(self) -> list[dict[int, type[Outcome]]]:
+        return [{place: type(one) for place, one in sorted(part.items())} for part in self.all]
+
+
+def test_who_is_done_is_handed_out_before_who_is_slow(server: TritonServer) -> None:
+    parts, token = Parts(), CancelToken()
+    once(parts.first.is_set, token.cancel)
+    tokens = [CancelToken(), token, CancelToken()]
+    server.infer_in_parts([GOOD, SLOW, GOOD], [soon()] * 3, parts, tokens)
+    # It is the first part that ends the slow one.
+    assert parts.kinds == [{0: InferResult, 2: InferResult}, {1: Cancelled}]
+
+
+def test_what_ends_together_is_one_part(server: TritonServer) -> None:
+    parts = Parts()
+    requests = [GOOD, held_up(0.05), FAILING, GOOD]
+    server.infer_in_parts(requests, [soon()] * 4, parts, gather=10)
+    assert parts.kinds == [{0: InferResult, 1: InferResult, 2: ModelFailed, 3: InferResult}]
+
+
+def test_one_pack_is_one_part(fake: FakeTriton, server: TritonServer) -> None:
+    parts = Parts()
+    server.infer_in_parts([GOOD] * 5, [soon()] * 5, parts)
+    assert parts.kinds == [dict.fromkeys(range(5), InferResult)]
+    assert fake.counts("identity").executed == 1
+
+
+def test_those_run_again_alone_are_handed_out_as_they_end(
+    fake: FakeTriton, server: TritonServer
+) -> None:
+    parts = Parts()
+    # The pack fails, and of its members the first to arrive takes long.
+    fake.script("identity", [Fail(grpc.StatusCode.INTERNAL, "boom"), Delay(1.5)])
+    server.infer_in_parts([GOOD] * 4, [soon()] * 4, parts)
+    assert len(parts.all[-1]) == 1
+    assert sorted(place for part in parts.all for place in part) == [0, 1, 2, 3]
+    assert {kind for part in parts.kinds for kind in part.values()} == {InferResult}
+
+
+def test_each_has_a_deadline_of_its_own(fake: FakeTriton, server: TritonServer) -> None:
+    parts = Parts()
+    fake.script("identity", [Delay(1.5)] * 2)
+    deadlines = [Deadline.after(10.0), Deadline.after(0.2), Deadline.after(0.2)]
+    server.infer_in_parts([GOOD, GOOD, SLOW], deadlines, parts)
+    # The first two share a call, which goes on for the first one.
+    late = {place: kind for part in parts.kinds[:-1] for place, kind in part.items()}
+    assert late == {1: DeadlineExceeded, 2: DeadlineExceeded}
+    assert parts.kinds[-1] == {0: InferResult}
+    assert fake.counts("identity").executed == 1
+
+
+def test_calls_cut_off_by_a_restart_are_sent_again(fake: FakeTriton, server: TritonServer) -> None:
+    parts = Parts()
+    fake.script("identity", [Delay(20.0)] * 2)
+    once(lambda: fake.counts("identity").received == 2, fake.restart)
+    server.infer_in_parts([GOOD, held_up(0.01), GOOD], [soon()] * 3, parts)
+    assert {kind for part in parts.kinds for kind in part.values()} == {InferResult}
+    # gRPC looks at the connection a moment longer, and complains where it is closed meanwhile.
+    server.infer(held_up(0.5), soon())
+
+
+def test_a_server_that_stays_away_is_waited_for_once(
+    fake: FakeTriton, server: TritonServer
+) -> None:
+    fake.stop()
+    started = time.monotonic()
+    outcomes = server.infer_many([held_up(n / 1000) for n in range(1, 41)], Deadline.after(60.0))
+    assert {type(one) for one in outcomes} <= {ModelNotReady, *ModelNotReady.__subclasses__()}
+    assert time.monotonic() - started < 15.0
+
+
+def test_who_does_not_want_the_rest_ends_it(fake: FakeTriton, server: TritonServer) -> None:
+    def refuse(part: dict[int, Outcome]) -> None:
+        raise ZeroDivisionError(list(part))
+
+    with pytest.raises(ZeroDivisionError):
+        server.infer_in_parts([GOOD, SLOW], [soon()] * 2, refuse)
+    until(lambda: fake.counts("identity").cancelled == 1)
+
+
+def test_closing_ends_all_of_many(fake: FakeTriton, server: TritonServer) -> None:
+    once(lambda: fake.counts("identity").received == 2, server.close)
+    outcomes = server.infer_many([SLOW, SLOW], soon())
+    assert [type(one) for one in outcomes] == [Cancelled, Cancelled]
+
+
 # A server that goes and comes
 
 

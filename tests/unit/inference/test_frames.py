@@ -13,6 +13,7 @@ from errors import BY_CODE, BadBody, ModelNotReady, TidegateError
 from inference.frames import (
     MAGIC,
     decode_outcomes,
+    decode_part,
     decode_requests,
     encode_outcomes,
     encode_requests,
@@ -60,9 +61,22 @@ def test_an_error_comes_back_as_its_own_kind() -> None:
     assert error.retry_after == 2.0
 
 
+@given(st.lists(results | failures | st.none(), max_size=4))
+def test_a_part_survives_the_frame_and_says_what_comes_later(
+    outcomes: list[InferResult | TidegateError | None],
+) -> None:
+    decoded = decode_part(encode_outcomes(outcomes))
+    assert [one and told(one) for one in decoded] == [one and told(one) for one in outcomes]
+
+
+def test_a_part_does_not_pass_for_the_whole() -> None:
+    with pytest.raises(BadBody):
+        decode_outcomes(encode_outcomes([ModelNotReady("later", retry_after=2.0), None]))
+
+
 @given(st.binary(max_size=60))
 def test_garbage_is_a_bad_body(garbage: bytes) -> None:
-    for decode in (decode_requests, decode_outcomes):
+    for decode in (decode_requests, decode_outcomes, decode_part):
         with pytest.raises(BadBody):
             decode(garbage)
 
@@ -91,7 +105,7 @@ json = st.recursive(
 def test_a_frame_with_any_other_header_is_a_bad_body_at_worst(header: object, tail: bytes) -> None:
     text = orjson.dumps(header)
     frame = struct.pack("<4sI", MAGIC, len(text)) + text + tail
-    for decode in (decode_requests, decode_outcomes):
+    for decode in (decode_requests, decode_outcomes, decode_part):
         try:
             decode(frame)
         except BadBody:

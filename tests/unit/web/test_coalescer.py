@@ -59,7 +59,15 @@ class Broker:
 
     def answer(self, message: dict[str, Any]) -> None:
         requests = frames.decode_requests(self.blobs[message["message"]])
-        outcomes = [InferResult(r.model, "1", r.inputs, {}, r.id) for r in requests]
+        self.answer_part(message, *range(len(requests)))
+
+    def answer_part(self, message: dict[str, Any], *places: int) -> None:
+        """Leave the others to a later reply."""
+        requests = frames.decode_requests(self.blobs[message["message"]])
+        outcomes = [
+            InferResult(r.model, "1", r.inputs, {}, r.id) if place in places else None
+            for place, r in enumerate(requests)
+        ]
         self.expected[bytes.fromhex(message["message"])](frames.encode_outcomes(outcomes))
 
 
@@ -285,6 +293,90 @@ def test_what_waits_or_flies_is_bounded_in_bytes(broker: Broker) -> None:
     broker.answer(message)
     to.submit(big())
     assert broker.next()
+
+
+# Messages that are answered in parts
+
+
+def sent_together(broker: Broker, to: Coalescer, *timeouts: float) -> list[Promise]:
+    """Requests of these timeouts that have left in one message."""
+    submit(to)
+    first = broker.next()
+    answers = [one for timeout in timeouts for one in submit(to, timeout=timeout)]
+    broker.answer(first)
+    assert broker.size(broker.next()) == len(timeouts)
+    return answers
+
+
+def test_who_is_answered_does_not_wait_for_the_rest_of_the_message(broker: Broker) -> None:
+    to = coalescer(broker)
+    slow, quick, bad = sent_together(broker, to, 30, 30, 30)
+    message = broker.sent[-1]
+    broker.answer_part(message, 1, 2)
+    assert quick.result(5).batch_size == bad.result(5).batch_size == 3
+    assert not slow.done()
+    assert to.depth == 1
+    # It still has its place in the window.
+    (next_one,) = submit(to)
+    assert broker.sent[-1] is message
+    broker.answer_part(message, 0)
+    assert isinstance(slow.result(5).outcome, InferResult)
+    broker.answer(broker.next())
+    assert isinstance(next_one.result(5).outcome, InferResult)
+    assert to.depth == 0
+    assert to._bytes == 0
+    assert broker.expected == {}
+
+
+def test_a_place_answered_twice_counts_once(broker: Broker) -> None:
+    to = coalescer(broker)
+    slow, quick = sent_together(broker, to, 30, 30)
+    for _ in range(3):
+        broker.answer_part(broker.sent[-1], 1)
+    assert quick.done()
+    assert not slow.done()
+    assert to.depth == 1
+    broker.answer(broker.sent[-1])
+    assert isinstance(slow.result(5).outcome, InferResult)
+    assert (to.depth, to._bytes) == (0, 0)
+
+
+def test_what_is_left_of_a_message_gives_its_place_back_at_its_own_deadline(
+    broker: Broker,
+) -> None:
+    clock = Clock()
+    to = coalescer(broker, clock=clock)
+    sent_together(broker, to, 5, 300)
+    broker.answer_part(broker.sent[-1], 1)
+    clock.now += 6
+    assert to.overdue() == []
+    assert (to.depth, to._bytes, broker.expected) == (0, 0, {})
+
+
+def test_a_lost_message_is_sent_again_for_those_without_an_answer(broker: Broker) -> None:
+    clock = Clock()
+    to = coalescer(broker, clock=clock)
+    slow, _ = sent_together(broker, to, 30, 60)
+    message = broker.sent[-1]
+    broker.answer_part(message, 1)
+    is_seen(to, message, Where.NOWHERE, looks=LOST_LOOKS)
+    again = broker.next()
+    # The other one is not run again: its time is over.
+    assert again["deadlines"] == [30, 0]
+    assert broker.ttls[-1] == 30
+    broker.answer(again)
+    assert isinstance(slow.result(5).outcome, InferResult)
+
+
+def test_a_message_lost_twice_is_given_up_for_those_without_an_answer(broker: Broker) -> None:
+    to = coalescer(broker)
+    slow, quick = sent_together(broker, to, 30, 30)
+    message = broker.sent[-1]
+    broker.answer_part(message, 1)
+    is_seen(to, message, Where.NOWHERE, looks=2 * LOST_LOOKS)
+    assert isinstance(quick.result(5).outcome, InferResult)
+    assert isinstance(slow.result(5).outcome, Unavailable)
+    assert (to.depth, to._bytes) == (0, 0)
 
 
 # Messages that take long
