@@ -103,7 +103,7 @@ def once(_: Run, verdict: Verdict) -> Iterator[str]:
 
 
 def taken_over(run: Run, verdict: Verdict) -> Iterator[str]:
-    """Others ran what somebody had in hand. Whether that one wakes up in time to notice, or tries to
+    """Others ran what somebody had in hand. Whether that one notices when it wakes up, or tries to
     commit and is refused, is a race."""
     if not verdict.again:
         yield "nobody took over"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -89,6 +90,14 @@ class Runs:
         self._triton = Http(stack.env["TIDEGATE_TRITON_HTTP_URL"])
 
     def of(self, model: str) -> int:
+        """It counts a moment after it has answered."""
+        found, last = self._read(model), -1
+        while found != last:
+            time.sleep(0.1)
+            found, last = self._read(model), found
+        return found
+
+    def _read(self, model: str) -> int:
         told = self._triton.get(f"/v2/models/{model}/stats").json()["model_stats"]
         return sum(int(one["inference_stats"]["success"]["count"]) for one in told)
 

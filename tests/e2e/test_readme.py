@@ -24,7 +24,7 @@ EXAMPLES = [match.groupdict() for match in EXAMPLE.finditer(README.read_text())]
 
 
 def test_the_readme_has_its_examples() -> None:
-    assert [example["kind"] for example in EXAMPLES] == ["sh", "sh", "python", "python"]
+    assert [example["kind"] for example in EXAMPLES] == ["sh", "sh", *["python"] * 3]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: str(example["kind"]))
