@@ -33,8 +33,6 @@ from tests.chaos.world import LEASE, PRODUCT, Run
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 DIGIT = {"inputs": [{"name": "image", "datatype": "FP32", "shape": [1, 64], "data": [0.0] * 64}]}
 """A request for the model `digits`."""
-GOODPUT = 0.9
-"""The share of the good answers that there still are when much more is asked."""
 FLOOD_DEADLINE = 2.0
 """Seconds that each request of a flood is good for."""
 ANY = ("worker", "gateway", "redis", "postgres", "triton")
@@ -738,8 +736,8 @@ def _little_capacity(run: Run) -> Iterator[None]:
 
 @scenario("F14", "2, 5 and 10 times as much asked as can be done", survives(*PRODUCT))
 def flooded(run: Run) -> None:
-    """For ten minutes, and then it is as before. As many are answered in time as without; batches
-    go on meanwhile."""
+    """For ten minutes, and then it is as before. How many are answered in time is noted, and not
+    judged: other work on the machine has a part in it. Batches go on meanwhile."""
     flood = Flood(
         run.world.env["TIDEGATE_URL"],
         "/v2/models/identity/infer",
@@ -781,9 +779,6 @@ def _flooded(run: Run, flood: Flood) -> float:
         tally = flood.flow(times * peak.goodput, run.pick(6, 200))
         share = tally.goodput / peak.goodput
         run.notes.append(f"{times} times that: {tally}; {share:.0%} of what it was")
-        # The short profile runs beside other tests: it notes only.
-        if run.long and share < GOODPUT:
-            run.problems.append(f"{times} times as much leaves {share:.0%} of the good answers")
         if odd := tally.statuses.keys() - {0, 200, 429, 503, 504}:
             run.problems.append(f"a flood was answered with {odd}")
         if run.committed == before:
