@@ -17,7 +17,7 @@ from uuid import UUID
 import structlog
 from flask import Flask
 
-from errors import BadRequest, Overloaded, TidegateError
+from errors import BadRequest, TidegateError
 from inference import oip
 from inference.metadata import check
 from inference.tensors import InferResult
@@ -110,10 +110,10 @@ class Express:
                 limit = parse_deadline(header)
             if head is not None:
                 head = oip.header_length(head)
-            limit = min(limit, settings.max_realtime_timeout)
-            found.lane.admit(name, limit - _passed())
-        except (BadRequest, Overloaded):
+        except BadRequest:
             return None
+        # Whether it would have its answer in time has been asked in line, a moment ago.
+        limit = min(limit, settings.max_realtime_timeout)
         return _Plain(tenant, *name, entry, limit, header is not None, head, _RULES[name[1] != ""])
 
     def _serve(self, plain: _Plain, environ: Environ, start: Start) -> Iterable[bytes]:
