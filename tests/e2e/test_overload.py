@@ -21,9 +21,14 @@ SLOW = 150
 
 @pytest.fixture
 def narrow(stack: Stack) -> Iterator[Http]:
-    """A gateway that has a request at a time travel alone, and eight at most under way."""
+    """A gateway that has a request at a time travel alone, and eight at most under way, and that
+    makes nobody hurry who doesn't say so: on a slow machine they all would take too long."""
     ports = [free_port(set()) for _ in range(2)]
-    settings = {"TIDEGATE_COALESCE_WINDOW": "1", "TIDEGATE_COALESCE_ITEMS": "1"}
+    settings = {
+        "TIDEGATE_COALESCE_WINDOW": "1",
+        "TIDEGATE_COALESCE_ITEMS": "1",
+        "TIDEGATE_MAX_QUEUE_TIME": "300",
+    }
     process = product.gateway({**stack._settings, **settings}, *ports)
     stack.add(replace(process, name="narrow"))
     stack.start({"narrow"})
