@@ -56,10 +56,12 @@ class Backlog:
     hint_timeout: float = 10.0
     """Seconds a released chunk may stay unclaimed."""
 
-    def release(self, group: str) -> list[Hint]:
+    def release(self, group: str, most: int | None = None) -> list[Hint]:
         """Move work from the ledger towards the broker: as much as the group's credit allows, by
         priority class, then fairly between tenants. Publish the hints after this returns; one that
         gets lost is found by `sweep`.
+
+        `most`: hints' worth that may run or be in the broker, both together.
         """
         with self.database.transaction() as connection:
             if not self._priorities(connection, group):
@@ -74,6 +76,8 @@ class Backlog:
             # Twice what runs now: a few seconds of work, whatever a chunk takes and however many
             # workers there are. More would only make the urgent wait behind the released.
             room = max(LEAST_ROOM, 2 * running.room) - released.room
+            if most is not None:
+                room = min(room, most * HINT_CHUNKS - running.room - released.room)
             picked: list[int] = []
             for priority in self._priorities(connection, group):
                 if budget <= 0 or room <= 0:

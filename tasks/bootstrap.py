@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from storage.webhooks import Webhooks
 from tasks.budget import RetryBudget
 from tasks.leases import Leases
 from tasks.models import Models
-from tasks.pump import Pump
+from tasks.pump import Pump, allowance
 from tasks.running import Running
 from tasks.slots import Slots, Watchdog
 
@@ -93,6 +94,7 @@ def build_services(settings: Settings, *, pool_size: int = 8, **overrides: Any) 
         credit=settings.pump_credit,
         hint_timeout=settings.hint_timeout,
     )
+    state = overrides.pop("state", None) or RedisState(settings.redis_url, settings.namespace)
     made: dict[str, Any] = {
         "jobs": Jobs(database, garbage_age=settings.garbage_age),
         "chunks": Chunks(
@@ -117,9 +119,9 @@ def build_services(settings: Settings, *, pool_size: int = 8, **overrides: Any) 
         # A try ends within its timeout; then there is time to write down what came of it.
         "deliveries": Deliveries(database, lease=2 * settings.webhook_timeout + 15),
         "objects": open_store(settings.objects_url),
-        "state": RedisState(settings.redis_url, settings.namespace),
+        "state": state,
         "ids": IdMint(settings.secret),
-        "pump": Pump(backlog),
+        "pump": Pump(backlog, allowance=functools.partial(allowance, state)),
     }
     return Services(settings=settings, database=database, **made | overrides)
 

@@ -9,6 +9,7 @@ import structlog
 
 from errors import Unavailable
 from storage.backlog import Backlog
+from storage.redis_state import RedisState
 from storage.work import Hint
 from tasks import messages
 
@@ -22,21 +23,45 @@ def publish(hint: Hint) -> None:
     )
 
 
+CROWD = 4
+"""Messages in a realtime queue that are a crowd: one or two are under way to a free slot."""
+
+
+def allowance(state: RedisState, group: str) -> int | None:
+    """Hints' worth of batch work that may be about: one for each worker, where realtime messages
+    wait since all slots are taken. So a batch goes on, whatever else is asked. None: any.
+
+    By the depth of the queue, and not by a message's age, which no broker tells. Where no worker is
+    left to read it, whatever lies there waits for nothing that a batch could hold up.
+    """
+    if messages.depth(messages.realtime_queue(group)) < CROWD:
+        return None
+    return len(state.workers(group)) or None
+
+
 class Pump:
     """Runs `pump()` when kicked. Kicks that come during a run become one more run, so a thousand
     submits cost a few runs. A kick is only haste: the sweeper runs the same on a short period."""
 
-    def __init__(self, backlog: Backlog, publish: Callable[[Hint], None] = publish):
+    def __init__(
+        self,
+        backlog: Backlog,
+        publish: Callable[[Hint], None] = publish,
+        allowance: Callable[[str], int | None] = lambda group: None,
+    ):
+        """`allowance`: how many hints' worth of a group may be about; None: as many as it likes."""
         self._backlog = backlog
         self._publish = publish
+        self._allowance = allowance
         self._wanted: set[str] = set()
         self._changed = threading.Condition()
         self._stopped = False
         self._thread: threading.Thread | None = None
 
     def pump(self, group: str) -> int:
-        """Release what the group's credit allows and publish it; the number of chunks."""
-        hints = self._backlog.release(group)
+        """Release what the group's credit allows and publish it; the number of chunks. Less of it
+        while realtime messages wait."""
+        hints = self._backlog.release(group, self._most(group))
         for hint in hints:
             try:
                 self._publish(hint)
@@ -45,6 +70,16 @@ class Pump:
                 log.warning("hint lost", action="pump.unpublished", error=error.message)
                 break
         return sum(len(hint.ids) for hint in hints)
+
+    def _most(self, group: str) -> int | None:
+        """Who can't be asked does not wait: batches must not depend on it."""
+        try:
+            return self._allowance(group)
+        except Unavailable as error:
+            log.warning("not asked", action="pump.unasked", error=error.message)
+        except Exception:
+            log.exception("not asked", action="pump.unasked")
+        return None
 
     def kick(self, group: str) -> None:
         """Ask for a run soon; returns at once."""
