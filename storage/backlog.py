@@ -39,10 +39,12 @@ last item."""
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """What chunks of one state weigh: their items, and their shares of hints."""
+    """What chunks of one state weigh: their items, and their shares of hints. `taken`: of the hints
+    they came by, where a claim has counted as an attempt since."""
 
     items: int
     room: int
+    taken: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ class Backlog:
             # workers there are. More would only make the urgent wait behind the released.
             room = max(LEAST_ROOM, 2 * running.room) - released.room
             if most is not None:
-                room = min(room, most * HINT_CHUNKS - running.room - released.room)
+                room = min(room, most * HINT_CHUNKS - running.taken - released.room)
             picked: list[int] = []
             for priority in self._priorities(connection, group):
                 if budget <= 0 or room <= 0:
@@ -120,6 +122,7 @@ class Backlog:
                 _chunks.state,
                 sa.func.sum(_chunks.item_count).label("items"),
                 sa.func.sum(_ROOM).label("room"),
+                sa.func.sum(_TAKEN).label("taken"),
             )
             .where(
                 _chunks.group_name == group,
@@ -127,11 +130,9 @@ class Backlog:
             )
             .group_by(_chunks.state)
         )
-        loads = {row.state: _Load(int(row.items), int(row.room)) for row in rows}
-        return (
-            loads.get(ChunkState.RELEASED, _Load(0, 0)),
-            loads.get(ChunkState.RUNNING, _Load(0, 0)),
-        )
+        loads = {row.state: _Load(int(row.items), int(row.room), int(row.taken)) for row in rows}
+        nothing = _Load(0, 0, 0)
+        return loads.get(ChunkState.RELEASED, nothing), loads.get(ChunkState.RUNNING, nothing)
 
     def _choose(
         self, connection: sa.Connection, group: str, priority: int, budget: int, room: int
@@ -379,15 +380,16 @@ def _hints(group: str, rows: Sequence[Row]) -> list[Hint]:
     return hints
 
 
-_ROOM = sa.case(
+def _shares(claims: int) -> sa.ColumnElement[int]:
     # Only a one-item job reads no file. One that has failed before may take its company along.
-    (
-        sa.and_(_chunks.kind == ChunkKind.INFER, _chunks.byte_end == 0, _chunks.attempts == 0),
-        1,
-    ),
-    else_=HINT_CHUNKS,
-)
+    single = sa.and_(_chunks.kind == ChunkKind.INFER, _chunks.byte_end == 0)
+    return sa.case((sa.and_(single, _chunks.attempts <= claims), 1), else_=HINT_CHUNKS)
+
+
+_ROOM = _shares(0)
 """What a chunk takes of a hint, in shares of `HINT_CHUNKS`."""
+_TAKEN = _shares(1)
+"""What one that runs has taken of its hint."""
 
 # A loose index scan: one probe per class with work.
 _PRIORITIES = sa.text(

@@ -4,6 +4,7 @@
 |---|---|---|
 | `{ns}:blob:{message}` | tensors of one realtime message | claimed once, or at its deadline |
 | `{ns}:running:{message}` | the GPU worker that runs it | soon after the worker fell silent |
+| `{ns}:hurry:{group}` | realtime messages wait for a GPU worker | soon after the last one did |
 | `{ns}:reply:{gateway}` | list of replies for one gateway process | a minute after the last one |
 | `{ns}:workers:{group}` | sorted set: GPU worker → end of its presence, Redis time | by score |
 | `{ns}:answer:{key}` | an answer that may be given again | its model's TTL, or to make room |
@@ -160,6 +161,16 @@ class RedisState:
             Where.WAITING if blob else Where.RUNNING if running else Where.NOWHERE
             for blob, running in zip(found[::2], found[1::2], strict=True)
         ]
+
+    def hurry(self, group: str, ttl: float) -> None:
+        """A GPU worker says that a realtime message had to wait; good for `ttl` seconds."""
+        with _translated():
+            self._redis.set(self._key("hurry", group), b"", px=int(ttl * 1000))
+
+    def hurried(self, group: str) -> bool:
+        """Do realtime messages of a group have to wait?"""
+        with _translated():
+            return bool(self._redis.exists(self._key("hurry", group)))
 
     def reply(self, gateway: str, message: bytes, data: bytes) -> None:
         """Answer one message of one gateway process."""

@@ -24,10 +24,12 @@ from storage.records import Records
 from storage.redis_state import RedisState
 from storage.retention import Retention
 from storage.webhooks import Webhooks
+from tasks import haste
 from tasks.budget import RetryBudget
+from tasks.haste import Haste
 from tasks.leases import Leases
 from tasks.models import Models
-from tasks.pump import Pump, allowance
+from tasks.pump import Pump
 from tasks.running import Running
 from tasks.slots import Slots, Watchdog
 
@@ -74,6 +76,7 @@ class WorkerServices(Services):
     watchdog: Watchdog
     budget: RetryBudget
     running: Running
+    haste: Haste
 
     def close(self) -> None:
         self.watchdog.stop()
@@ -121,7 +124,7 @@ def build_services(settings: Settings, *, pool_size: int = 8, **overrides: Any) 
         "objects": open_store(settings.objects_url),
         "state": state,
         "ids": IdMint(settings.secret),
-        "pump": Pump(backlog, allowance=functools.partial(allowance, state)),
+        "pump": Pump(backlog, allowance=functools.partial(haste.allowance, state)),
     }
     return Services(settings=settings, database=database, **made | overrides)
 
@@ -151,6 +154,7 @@ def build_worker_services(
         watchdog=Watchdog(),
         budget=RetryBudget(),
         running=Running(base.state, name),
+        haste=Haste(base.state, group or settings.group),
     )
 
 

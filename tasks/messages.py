@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import structlog
-from amqp.exceptions import NotFound
 from celery import Celery, current_app
 from kombu import Exchange, Queue, pools
 from kombu.exceptions import KombuError, OperationalError
@@ -100,15 +97,29 @@ def _senders(app: Celery) -> Any:
     return pools.producers[app.connection_for_write(transport_options=options)]
 
 
-@contextmanager
-def _sender(to: str) -> Iterator[Any]:
-    """One of this process's connections, to speak of this queue. Raises `Unavailable` where the
-    broker is out of reach, or refuses."""
+def send(task: str, to: str, *, ttl: float | None = None, **kwargs: Any) -> None:
+    """Publish one message; RabbitMQ drops it where nobody took it for `ttl` seconds. Raises
+    `Unavailable` where the broker is out of reach, or does not say that it has the message."""
     app = current_app._get_current_object()
     try:
         with _senders(app).acquire(block=True, timeout=POOL_TIMEOUT) as producer:
             try:
-                yield producer
+                app.send_task(
+                    task,
+                    kwargs=kwargs,
+                    queue=queue(to),
+                    producer=producer,
+                    expiration=ttl,
+                    # RabbitMQ confirms what it could put in no queue, too, unless asked to object.
+                    mandatory=True,
+                    # RabbitMQ says on use that a connection is gone. Of Redis that is known
+                    # before, and one that is silent would be waited for again.
+                    retry=not _on_redis(app),
+                    ignore_result=True,
+                    # What monitors show instead of arguments.
+                    argsrepr="()",
+                    kwargsrepr="{...}",
+                )
             except Exception as error:
                 connection = producer.connection
                 # A confirm that still comes must not pass for the next message's.
@@ -120,46 +131,3 @@ def _sender(to: str) -> Iterator[Any]:
                 raise
     except (OperationalError, KombuError, OSError) as error:
         raise Unavailable("the message broker is out of reach", retry_after=1) from error
-
-
-def send(task: str, to: str, *, ttl: float | None = None, **kwargs: Any) -> None:
-    """Publish one message; RabbitMQ drops it where nobody took it for `ttl` seconds. Raises
-    `Unavailable` where the broker is out of reach, or does not say that it has the message."""
-    app = current_app._get_current_object()
-    with _sender(to) as producer:
-        app.send_task(
-            task,
-            kwargs=kwargs,
-            queue=queue(to),
-            producer=producer,
-            expiration=ttl,
-            # RabbitMQ confirms what it could put in no queue, too, unless asked to object.
-            mandatory=True,
-            # RabbitMQ says on use that a connection is gone. Of Redis that is known before, and one
-            # that is silent would be waited for again.
-            retry=not _on_redis(app),
-            ignore_result=True,
-            # What monitors show instead of arguments.
-            argsrepr="()",
-            kwargsrepr="{...}",
-        )
-
-
-def depth(name: str) -> int:
-    """Messages that lie in a queue: nobody has taken them yet. Raises `Unavailable` where the
-    broker is out of reach."""
-    with _sender(name) as producer:
-        if _on_redis(current_app):
-            # By the channel there is: another one would connect anew. Not `passive`: kombu looks
-            # for the queue without the prefix of its name, and Redis makes none by this.
-            return _declared(name, producer.channel)
-        # RabbitMQ ends a channel that asks for what is not there.
-        with producer.connection.channel() as channel:
-            try:
-                return _declared(name, channel, passive=True)
-            except NotFound:
-                return 0
-
-
-def _declared(name: str, channel: Any, *, passive: bool = False) -> int:
-    return int(queue(name)(channel).queue_declare(passive=passive).message_count)

@@ -9,7 +9,6 @@ import structlog
 
 from errors import Unavailable
 from storage.backlog import Backlog
-from storage.redis_state import RedisState
 from storage.work import Hint
 from tasks import messages
 
@@ -21,22 +20,6 @@ def publish(hint: Hint) -> None:
     messages.send(
         messages.CHUNKS, messages.batch_queue(hint.group), ids=list(hint.ids), alone=hint.alone
     )
-
-
-CROWD = 4
-"""Messages in a realtime queue that are a crowd: one or two are under way to a free slot."""
-
-
-def allowance(state: RedisState, group: str) -> int | None:
-    """Hints' worth of batch work that may be about: one for each worker, where realtime messages
-    wait since all slots are taken. So a batch goes on, whatever else is asked. None: any.
-
-    By the depth of the queue, and not by a message's age, which no broker tells. Where no worker is
-    left to read it, whatever lies there waits for nothing that a batch could hold up.
-    """
-    if messages.depth(messages.realtime_queue(group)) < CROWD:
-        return None
-    return len(state.workers(group)) or None
 
 
 class Pump:

@@ -44,6 +44,7 @@ def run_realtime(message: str, gateway: str, deadlines: list[float]) -> None:
         services.running.message(name),
     ):
         elapsed = max(deadlines) - blob.remaining
+        services.haste.took(elapsed)
         left = [deadline - elapsed for deadline in deadlines]
 
         def reply(outcomes: Sequence[Outcome | None]) -> None:

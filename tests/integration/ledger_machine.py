@@ -127,9 +127,10 @@ class LedgerMachine(RuleBasedStateMachine):
 
     # The pump and its broker
 
-    @rule()
-    def pump(self) -> None:
-        self.broker += self.oracle.release()
+    @rule(most=st.sampled_from((None, None, None, None, 1, 2)))
+    def pump(self, most: int | None) -> None:
+        """Perhaps while realtime messages wait."""
+        self.broker += self.oracle.release(most)
 
     @precondition(lambda self: self.broker)
     @rule(pick=picks, everything=st.booleans())

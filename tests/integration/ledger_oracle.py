@@ -19,7 +19,7 @@ import sqlalchemy as sa
 import uuid_utils.compat as uuids
 
 from errors import Conflict, ModelFailed, NotFound, Retry, TidegateError
-from storage.backlog import FILES_GRACE
+from storage.backlog import FILES_GRACE, HINT_CHUNKS
 from storage.database import Row
 from storage.dead_letters import DeadLetters, LetterFilter
 from storage.events import OF_END
@@ -223,11 +223,11 @@ class Oracle:
 
     # The pump, the sweeper and time
 
-    def release(self) -> list[Hint]:
-        """Pump once."""
-        before = self._waiting_in_broker()
+    def release(self, limit: int | None = None) -> list[Hint]:
+        """Pump once, with so many hints' worth about."""
+        before, about = self._waiting_in_broker(), self._about()
         with self._move():
-            hints = self.ledger.backlog.release(self.ledger.group)
+            hints = self.ledger.backlog.release(self.ledger.group, limit)
             self._read()
             named = [chunk for hint in hints for chunk in hint.ids]
             self._expect(len(named) == len(set(named)), "one release named a chunk twice")
@@ -238,7 +238,14 @@ class Oracle:
             largest = max((row.items for row in self.chunk_rows.values()), default=0)
             most = max(before, self.ledger.backlog.credit + largest - 1)
             self._expect(self._waiting_in_broker() <= most, "more released than the credit")
+            if limit is not None:
+                # The smallest of which a hint holds so many.
+                fits = max(about, limit * HINT_CHUNKS)
+                self._expect(self._about() <= fits, "more about than may be")
         return hints
+
+    def _about(self) -> int:
+        return sum(row.state in ("released", "running") for row in self.chunk_rows.values())
 
     def _waiting_in_broker(self) -> int:
         return sum(row.items for row in self.chunk_rows.values() if row.state == "released")

@@ -15,6 +15,7 @@ from alembic.migration import MigrationContext
 from config import Settings
 from errors import Conflict, ModelNotReady, NotFound, TidegateError
 from storage import tables
+from storage.backlog import HINT_CHUNKS
 from storage.files import FileRow, file_key
 from storage.lifecycle import ChunkKind, JobKind, JobState, Priority
 from storage.work import ChunkPlan, Claim, Done, Fate, NewBatch, NewJob
@@ -297,6 +298,67 @@ def test_the_broker_never_holds_more_than_the_groups_credit(ledger: Ledger) -> N
     ledger.chunks.claim(first[:4], "w")
     again = [chunk for hint in ledger_of_ten.release(ledger.group) for chunk in hint.ids]
     assert len(again) == 4
+
+
+def about(ledger: Ledger) -> int:
+    """Chunks that are in the broker or run."""
+    with ledger.database.transaction() as connection:
+        found = connection.execute(
+            sa.text(
+                "SELECT count(*) FROM chunks WHERE group_name = :group"
+                " AND state IN ('released', 'running')"
+            ),
+            {"group": ledger.group},
+        )
+        return int(found.scalar_one())
+
+
+def test_so_much_may_be_about_and_what_runs_counts_with_what_is_in_the_broker(
+    ledger: Ledger,
+) -> None:
+    submit(ledger, 5 * HINT_CHUNKS)
+    (hint,) = ledger.backlog.release(ledger.group, 1)
+    assert len(hint.ids) == HINT_CHUNKS
+    assert ledger.backlog.release(ledger.group, 1) == []
+    claims = ledger.chunks.claim(hint.ids, "w")
+    assert ledger.backlog.release(ledger.group, 1) == []
+    assert len(ledger.backlog.release(ledger.group, 2)) == 1
+    assert about(ledger) == 2 * HINT_CHUNKS
+    ledger.chunks.commit([Done(claim, 1, 0, output=b"x") for claim in claims])
+    # Less than is about already takes nothing back, and what ended makes room.
+    assert ledger.backlog.release(ledger.group, 1) == []
+    assert len(ledger.backlog.release(ledger.group, 2)) == 1
+    # And in full.
+    assert len(released(ledger)) == 2 * HINT_CHUNKS
+
+
+def test_a_chunk_of_a_batch_is_all_that_is_about_where_no_more_may_be(ledger: Ledger) -> None:
+    _job_id, (one, two) = planned(ledger, 3000, 3000)
+    error = ModelNotReady("away")
+    ledger.chunks.retry([one, two], error, 0)
+    (first,) = ledger.backlog.release(ledger.group, 1)
+    assert ledger.backlog.release(ledger.group, 1) == []
+    ledger.chunks.commit([Done(claim, 3000, 0) for claim in ledger.chunks.claim(first.ids, "w")])
+    (second,) = ledger.backlog.release(ledger.group, 1)
+    assert first.ids + second.ids == (one.id, two.id)
+
+
+def test_what_a_dead_worker_ran_holds_up_the_rest_for_a_lease(ledger: Ledger) -> None:
+    submit(ledger, 2 * HINT_CHUNKS)
+    (hint,) = ledger.backlog.release(ledger.group, 1)
+    ledger.chunks.claim(hint.ids, "dies")
+    assert ledger.backlog.release(ledger.group, 1) == []
+    lapse(ledger)
+    ledger.backlog.sweep()
+    (again,) = ledger.backlog.release(ledger.group, 1)
+    assert again.ids
+
+
+def test_of_what_may_be_about_the_urgent_goes_first(ledger: Ledger) -> None:
+    submit(ledger, HINT_CHUNKS, priority=Priority.LOW)
+    fast = submit(ledger, HINT_CHUNKS, priority=Priority.CRITICAL)
+    (hint,) = ledger.backlog.release(ledger.group, 1)
+    assert [claim.job_id for claim in ledger.chunks.claim(hint.ids, "w")] == fast
 
 
 def test_urgent_work_goes_first_and_one_items_share_a_hint(ledger: Ledger) -> None:

@@ -28,8 +28,8 @@ from tests.integration.ledger_oracle import Broken
 STEPS = int(os.environ.get("TIDEGATE_TEST_STEPS", "800"))
 LENGTH = 40
 """Steps of one walk."""
-SEED, WALKS = 10, 20
-"""Of six seeds that were tried, each killed every mutant within 13 walks; this one within 7."""
+SEED, WALKS = 11, 20
+"""Of four seeds that were tried, this one and another killed every mutant."""
 
 _jobs, _chunks = tables.jobs.c, tables.chunks.c
 _fence, _claimable = moves.fence, moves.claimable
