@@ -1,8 +1,8 @@
 """Realtime messages that had to wait for a worker: who took one says so, and the pumps hear it.
 
-A message tells how long it has waited by what is left of its tensors' time, whatever the broker,
-and a slow model does not count. Neither a queue's depth nor a gateway's line tells as much: beside
-a batch that takes the worker's time, messages are taken late, yet hardly any lies in the broker.
+A message tells how long it has waited by what is left of its tensors' time: on any broker, and
+whatever its model takes, unless that takes all slots. A queue's depth tells less: beside a batch
+that takes the worker's time messages are taken late, yet hardly one lies in the broker.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ LONG = 0.01
 EVERY = 0.25
 """Seconds between two times that a worker says so."""
 TTL = 0.75
-"""Seconds that it is believed: more than between two times, and with the pumps' own pause not much
-more than a sweep takes."""
+"""Seconds that it is believed: more than between two times, and less than between two sweeps."""
 CHUNKS = 1
 """Hints' worth of batch work for each worker meanwhile, of the several it has slots for. A batch
 keeps more than half of its speed by that, and is never held up for good."""

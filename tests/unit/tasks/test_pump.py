@@ -24,7 +24,8 @@ class Ledger:
 
 def pumped(allowance: Any) -> list[tuple[str, int | None]]:
     """What one run asks of the backlog; its hint goes out, whatever comes of the question."""
-    ledger, sent = Ledger(), []
+    ledger = Ledger()
+    sent: list[Hint] = []
     pump = Pump(ledger, sent.append, allowance)  # type: ignore[arg-type]
     assert pump.pump("g") == 2
     assert [hint.group for hint in sent] == ["g"]
