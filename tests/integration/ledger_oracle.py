@@ -19,7 +19,7 @@ import sqlalchemy as sa
 import uuid_utils.compat as uuids
 
 from errors import Conflict, ModelFailed, NotFound, Retry, TidegateError
-from storage.backlog import FILES_GRACE, HINT_CHUNKS
+from storage.backlog import FILES_GRACE
 from storage.database import Row
 from storage.dead_letters import DeadLetters, LetterFilter
 from storage.events import OF_END
@@ -238,14 +238,16 @@ class Oracle:
             largest = max((row.items for row in self.chunk_rows.values()), default=0)
             most = max(before, self.ledger.backlog.credit + largest - 1)
             self._expect(self._waiting_in_broker() <= most, "more released than the credit")
-            if limit is not None:
-                # The smallest of which a hint holds so many.
-                fits = max(about, limit * HINT_CHUNKS)
-                self._expect(self._about() <= fits, "more about than may be")
+            if limit is not None and about >= limit:
+                self._expect(not hints, "more about than may be")
         return hints
 
     def _about(self) -> int:
-        return sum(row.state in ("released", "running") for row in self.chunk_rows.values())
+        """Parts of batches in the broker or running: each is worth a hint, whatever else is."""
+        return sum(
+            row.state in ("released", "running") and self.job_rows[row.job_id].kind == JobKind.BATCH
+            for row in self.chunk_rows.values()
+        )
 
     def _waiting_in_broker(self) -> int:
         return sum(row.items for row in self.chunk_rows.values() if row.state == "released")
