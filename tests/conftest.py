@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import hypothesis
 import pytest
 import sqlalchemy as sa
 
@@ -29,6 +30,10 @@ from storage.files import Files
 from storage.jobs import Jobs
 from storage.keys import Keys
 from storage.records import Records
+
+# How long an example takes says something of the machine alone.
+hypothesis.settings.register_profile("tidegate", deadline=None)
+hypothesis.settings.load_profile("tidegate")
 
 BROKER = os.environ.get("TIDEGATE_TEST_BROKER") or "redis"
 # For every stack there is, those that tests start by themselves among them.
