@@ -512,9 +512,17 @@ def test_those_who_waited_for_one_that_failed_start_over_and_one_of_them_runs(
 
 
 def test_where_two_come_to_nothing_each_of_the_rest_runs_for_itself(
-    make: Make, model: Model, pool: ThreadPoolExecutor
+    make: Make, model: Model, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = make()
+    followed: list[object] = []
+    follow_flight = cache._follow
+
+    def noted(call: Any, flight: Any) -> Any:
+        followed.append(flight)
+        return follow_flight(call, flight)
+
+    monkeypatch.setattr(cache, "_follow", noted)
     model.permits = threading.Semaphore(0)
     model.errors["bad"] = ModelFailed("no luck")
     leader = pool.submit(infer, cache, asked(1, id="bad"))
@@ -523,7 +531,8 @@ def test_where_two_come_to_nothing_each_of_the_rest_runs_for_itself(
     model.permits.release()
     assert isinstance(leader.result(10).outcome, ModelFailed)
     wait_for(lambda: len(model.ran) == 2)
-    wait_for(lambda: cache._following == 4 * 8)
+    # All four have left the first flight, and wait for the second.
+    wait_for(lambda: len(followed) == 5 + 4 and cache._following == 4 * 8)
     model.permits.release()
 
     # The four that are left, none of which has been answered.

@@ -99,7 +99,7 @@ def test_one_question_is_about_everybody(waiter: JobWaiter, ledger: Ledger) -> N
     ledger.known = dict.fromkeys(jobs, QUEUED)
     threads = [waiting(waiter, job) for job in jobs]
     with waiter.watch(next(iter(jobs))):
-        while ledger.asked[-1] != jobs:
+        while not ledger.asked or ledger.asked[-1] != jobs:
             ledger.asked_again()
     ledger.known = dict.fromkeys(jobs, DONE)
     for thread in threads:
