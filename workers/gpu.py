@@ -1,14 +1,16 @@
 """One GPU worker: what `celery -A workers worker --gpu N [--group NAME]` adds to Celery.
 
 The worker is pinned to its GPU and that GPU's Triton, named after it, and reads its group's two
-lanes, each on a broker channel of its own: the prefetch of a channel is the number of slots of its
-lane, on any broker, so batch work can't take a realtime slot.
+lanes: requests itself, and batch work by a second process that it starts (see `child`). Told by -Q
+which lanes to read, it reads these itself, each on a broker channel of its own: the prefetch of a
+channel is the number of slots of its lane, on any broker, so batch work can't take a realtime slot.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -33,7 +35,7 @@ from errors import TidegateError, Unavailable
 from inference.client import Deadline
 from tasks import bootstrap, messages
 from tasks.slots import STUCK
-from workers import memory
+from workers import child, memory
 
 log = structlog.get_logger(__name__)
 
@@ -62,6 +64,10 @@ def extend(app: Celery) -> None:
     app.user_options["worker"].add(
         click.Option(("--group",), help="Worker group whose queues to read [TIDEGATE_GROUP].")
     )
+    app.user_options["worker"].add(
+        click.Option(("--child-of",), type=int, hidden=True, expose_value=False, callback=_child_of)
+    )
+    app.steps["worker"].add(BatchProcess)
     app.steps["consumer"].add(BatchLane)
     app.steps["consumer"].add(Presence)
 
@@ -70,6 +76,11 @@ def _gpu(_context: click.Context, _parameter: click.Parameter, value: str) -> st
     if not re.fullmatch(r"none|\d{1,3}|(GPU|MIG)-[0-9A-Za-z/-]+", value):
         raise click.BadParameter("a GPU number (0, 1, …), a GPU-… or MIG-… UUID, or 'none'")
     return value
+
+
+def _child_of(_context: click.Context, _parameter: click.Parameter, value: int | None) -> None:
+    if value is not None:
+        child.follow(value)
 
 
 @celeryd_init.connect
@@ -86,16 +97,12 @@ def _pin(sender: Any, **_: Any) -> None:
     settings: Settings = app.tidegate
     group: str = sender.options.get("group") or settings.group
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if gpu == "none" else gpu
-    # A realtime request needs the interpreter for moments, again and again; a batch that is being
-    # read or written would hold it for 5 ms each time.
-    sys.setswitchinterval(SWITCH)
     host = socket.gethostname()
     if sender.hostname == f"celery@{host}":
         sender.hostname = f"{group}-gpu{gpu}@{host}" if gpu != "none" else f"{group}@{host}"
     queues = app.amqp.queues
-    chosen = [messages.realtime_queue(group), messages.batch_queue(group)]
-    if getattr(sender, "named_queues", False):
-        chosen = list(queues.consume_from)
+    apart = not getattr(sender, "named_queues", False)
+    chosen = [messages.realtime_queue(group)] if apart else list(queues.consume_from)
     for name in chosen:
         if not messages.is_queue(name):
             raise SystemExit(
@@ -107,10 +114,28 @@ def _pin(sender: Any, **_: Any) -> None:
     sender.batch_queues = [messages.queue(name) for name in chosen if messages.is_batch(name)]
     sender.takes_realtime = messages.realtime_queue(group) in chosen
     queues.deselect([queue.name for queue in sender.batch_queues])
+    if sender.takes_realtime:
+        # A request needs the interpreter for moments, again and again; a batch that is being read
+        # or written beside it would hold it for 5 ms each time.
+        sys.setswitchinterval(SWITCH)
+    sender.batch_process = _batch_process(sender.hostname, group) if apart else None
     bootstrap.install(
         bootstrap.build_worker_services(settings, name=sender.hostname, gpu=gpu, group=group)
     )
     log.info("worker pinned", action="worker.pinned", gpu=gpu, group=group, node=sender.hostname)
+
+
+def _batch_process(hostname: str, group: str) -> child.Child:
+    name, _, host = hostname.partition("@")
+    return child.Child(
+        child.command(
+            *("-Q", messages.batch_queue(group)),
+            *("-n", f"{name}-batch@{host}"),
+            # What is the worker's alone, or done by now.
+            *("--pidfile", "", "--statedb", "", "--uid", "", "--gid", ""),
+            *("--child-of", str(os.getpid())),
+        )
+    )
 
 
 @worker_shutting_down.connect
@@ -135,6 +160,23 @@ def _close(sender: Any, **_: Any) -> None:
 @worker_ready.connect
 def _settle(**_: Any) -> None:
     memory.settle()
+
+
+class BatchProcess(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Has the batch lane run by a process of its own, which ends when and as this worker does."""
+
+    def include_if(self, worker: Any) -> bool:
+        return worker.batch_process is not None
+
+    def create(self, worker: Any) -> child.Child:
+        """What Celery starts with the worker and stops, or kills, with it."""
+        made: child.Child = worker.batch_process
+        worker_shutting_down.connect(self._pass_on)
+        return made
+
+    def _pass_on(self, how: str, **_: Any) -> None:
+        """Beside this worker, not after it."""
+        self.obj.tell(signal.SIGKILL if how == "Cold" else signal.SIGTERM)
 
 
 class BatchLane(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -192,11 +234,13 @@ class Presence(bootsteps.StartStopStep):  # type: ignore[misc]
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._announces = False
+        self._reads_batch = False
         super().__init__(c, **options)
 
     def start(self, c: Any) -> None:
         # Gateways would count on a worker that reads batch work only.
         self._announces = bool(c.controller.takes_realtime)
+        self._reads_batch = bool(c.controller.batch_queues)
         self._stopping.clear()
         self._stamp = time.monotonic()
         c.timer.call_repeatedly(1.0, self._tick)
@@ -216,7 +260,8 @@ class Presence(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def _announce(self) -> None:
         services = bootstrap.worker_services()
-        self._ask_again(services)
+        if self._reads_batch:
+            self._ask_again(services)
         stamp, looks = self._stamp, 0
         while True:
             # Looks, not seconds: a process that was stopped for an hour has not hung.

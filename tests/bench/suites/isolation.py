@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 from tests.bench import contenders, files, payload
 from tests.bench.bench import Bench
@@ -18,8 +17,8 @@ SHORT, LONG = 4_000, 400_000
 """Rows of the batch: more than it has time for."""
 P50, P99, RATE, ROWS = "p50 ms", "p99 ms", "req/s", "batch rows/s"
 IDLE, BOTH, SOLO = "realtime alone", "realtime and batch", "batch alone"
-SPLIT = "realtime and batch, a worker for each"
-LANES = {"realtime": "worker-realtime", "batch": "worker-batch"}
+ONE = "realtime and batch, in one process"
+TOGETHER = "worker-together"
 
 
 def isolation(bench: Bench) -> Found:
@@ -28,16 +27,15 @@ def isolation(bench: Bench) -> Found:
         "Isolation",
         f"{CLIENTS} clients send {PACE} requests a second to the model `digits`, with and without"
         f" a batch of the same model that has {rows:,} rows of JSONL, on the same worker and"
-        " Triton; and where each lane has a worker of its own (`-Q default.realtime`, and `nice -n"
-        " 10` with `-Q default.batch`).",
+        " Triton; and where the worker runs both lanes in one process (`-Q"
+        " default.realtime,default.batch`).",
     )
-    _define(ground)
     tidegate = contenders.tidegate_digits(ground)
     sent = payload.digits()
     file = files.upload(ground, files.write_digits(ground.folder / "saturating.jsonl", rows))
     series = Series("", (RATE, P50, P99, ROWS))
-    for name in bench.steps([IDLE, BOTH, SPLIT, SOLO]):
-        _divide(ground, apart=name == SPLIT)
+    for name in bench.steps([IDLE, BOTH, ONE, SOLO]):
+        _divide(ground, apart=name != ONE)
         bench.warm(tidegate, sent, connections=CLIENTS)
         batch = Batch.make(ground, file) if name != IDLE else None
         figures: dict[str, float] = {}
@@ -57,7 +55,7 @@ def isolation(bench: Bench) -> Found:
                 bench.problems.append("the batch was over before its time was")
             batch.cancel()
         series.add(name, figures)
-    _divide(ground, apart=False)
+    _divide(ground, apart=True)
     found.tables.append(("", series.rows()))
     found.goals += [
         Goal(
@@ -75,28 +73,16 @@ def isolation(bench: Bench) -> Found:
     return found
 
 
-def _define(ground: Ground) -> None:
-    """Make the two workers known, once."""
-    for lane, name in LANES.items():
-        if name not in ground.stack.processes:
-            ground.stack.add_worker(name, "-Q", f"default.{lane}", "-n", f"{lane}@%h")
-    batch = ground.stack.processes[LANES["batch"]]
-    if batch.command[0] != "nice":
-        nice = replace(batch, command=["nice", "-n", "10", *batch.command])
-        ground.stack.processes[batch.name] = nice
-
-
 def _divide(ground: Ground, *, apart: bool) -> None:
-    """One worker for both lanes, or one for each."""
-    wanted, other = {"worker"}, set(LANES.values())
-    if apart:
-        wanted, other = other, wanted
-    if all(ground.stack.alive(name) for name in wanted):
+    """A worker as it comes, or one whose process runs both lanes."""
+    if TOGETHER not in ground.stack.processes:
+        ground.stack.add_worker(TOGETHER, "-Q", "default.realtime,default.batch")
+    wanted, other = ("worker", TOGETHER) if apart else (TOGETHER, "worker")
+    if ground.stack.alive(wanted):
         return
-    for name in other:
-        if ground.stack.alive(name):
-            ground.stack.stop(name)
-    ground.stack.start(wanted)
+    if ground.stack.alive(other):
+        ground.stack.stop(other)
+    ground.stack.start((wanted,))
     # Until the gateway has heard of it.
     time.sleep(2)
     ground.until(lambda: ground.ask("GET", "/readyz")[0] == 200, 30, "a worker")
