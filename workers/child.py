@@ -16,6 +16,8 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import structlog
 
@@ -23,9 +25,9 @@ log = structlog.get_logger(__name__)
 
 NICE = 10
 """How much it stands back where processors are short."""
-PAUSE, LONGEST = 0.5, 10.0
+PAUSE, LONGEST = 0.5, 5.0
 """Seconds until it is started again: at first, and doubled each time, at most."""
-WELL = 60.0
+WELL = 10.0
 """Seconds after which its end has nothing to do with the one before."""
 PATIENCE = 15.0
 """Seconds it may take to end when told to. It hands back what it runs before that."""
@@ -42,6 +44,9 @@ def follow(parent: int) -> None:
     if os.getppid() != parent:
         raise SystemExit("the worker ended before its batch lane began")
     os.nice(NICE)
+    # Where Linux weighs sessions against each other, that counts among the processes of one only.
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(NICE))
 
 
 def command(*arguments: str) -> list[str]:
@@ -58,8 +63,6 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._told: signal.Signals | None = None
         self._until = 0.0
-        self.lives = 0
-        """How often it was started."""
         # The kernel takes the end of the thread that started a process for that of its parent.
         self._thread = threading.Thread(target=self._run, name="batch-process", daemon=True)
 
@@ -85,27 +88,38 @@ class Child:
         self.tell(signal.SIGKILL)
         self._thread.join(5)
 
+    def _ending(self) -> bool:
+        return self._told is not None
+
     def _run(self) -> None:
-        pause = PAUSE / 2
-        while self._told is None:
+        pause = PAUSE
+        while True:
             began = time.monotonic()
             status = self._run_once()
-            if self._told is not None:
+            if self._ending():
                 return
-            pause = PAUSE if time.monotonic() - began > WELL else min(2 * pause, LONGEST)
+            if time.monotonic() - began > WELL:
+                pause = PAUSE
             log.error("batch lane ended", action="worker.batch_ended", status=status, again=pause)
             until = time.monotonic() + pause
-            while self._told is None and time.monotonic() < until:
+            while time.monotonic() < until:
+                if self._ending():
+                    return
                 time.sleep(LOOK)
+            pause = min(2 * pause, LONGEST)
 
     def _run_once(self) -> int | str:
         """Start it and wait for its end; its status, or why there is none."""
         try:
-            self.lives += 1
-            self._process = process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL)
+            self._process = process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                # A terminal's Ctrl-C is the worker's to hear and to pass on.
+                start_new_session=True,
+            )
         except OSError as error:
             return str(error)
         # Whoever told it to end a moment ago did not know this process.
-        if self._told is not None:
-            process.send_signal(self._told)
+        if (told := self._told) is not None:
+            process.send_signal(told)
         return process.wait()

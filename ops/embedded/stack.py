@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 
+import psutil
+
 from ops.embedded import credentials, envfile, leftovers, postgres, product, rabbitmq, redis, triton
 from ops.embedded.backoff import Backoff
 from ops.embedded.ports import HOST, Ports
@@ -219,6 +221,11 @@ class Stack:
         if not self.alive(name):
             raise StackError(f"{name} does not run")
         return self._children[name].pid
+
+    def family(self, name: str) -> list[psutil.Process]:
+        """A process that runs, and all that descend from it: a worker is one for each lane."""
+        top = psutil.Process(self.pid(name))
+        return [top, *top.children(recursive=True)]
 
     def kill(self, name: str) -> None:
         """Kill a process, and its children, as a crash would. `start` brings it back."""

@@ -24,8 +24,7 @@ def families(stack: Stack, names: Iterable[str]) -> dict[str, list[psutil.Proces
     for name in names:
         if stack.alive(name):
             with contextlib.suppress(psutil.NoSuchProcess):
-                top = psutil.Process(stack.pid(name))
-                found[name] = [top, *top.children(recursive=True)]
+                found[name] = stack.family(name)
     return found
 
 

@@ -157,6 +157,19 @@ def workers_killed(run: Run) -> None:
         run.verdict = run.finish(within=600)
 
 
+@scenario(
+    "F1", "batch lanes killed, their workers not", kills, survives(*PRODUCT), resumes(LEASE + 10)
+)
+def lanes_killed(run: Run) -> None:
+    """Each worker starts its own again, later each time."""
+    run.batch(run.pick(1500, 15_000), delay_ms=500)
+    run.trickle(run.pick(100, 1000), rate=20)
+    for _ in run.world.each(range(run.pick(4, 30)), "killing lanes"):
+        run.going(16)
+        run.kill_lane("worker")
+    run.drain()
+
+
 # F2: processes that die at one point
 
 
@@ -490,8 +503,8 @@ def _clock(run: Run, offset: str) -> Iterator[Path]:
     with run.world.another("skewed", env=env):
         yield file
         # It did its share: what it was told about its commits, it said under its process id.
-        said = f"pid {run.stack.pid('skewed')}"
-        if not any(entry.worker == said for entry in run.world.journal.entries(run.since)):
+        said = {f"pid {process.pid}" for process in run.stack.family("skewed")}
+        if not any(entry.worker in said for entry in run.world.journal.entries(run.since)):
             run.problems.append("the worker whose clock is wrong did nothing")
 
 

@@ -291,6 +291,12 @@ class Run:
             self.kills.append(Kill(time.time(), name))
             self.stack.kill(name)
 
+    def kill_lane(self, name: str) -> None:
+        """SIGKILL to the process that runs a worker's batch lane, and to it alone."""
+        for lane in self.stack.family(name)[1:]:
+            self.kills.append(Kill(time.time(), name))
+            lane.kill()
+
     def crash(self, name: str) -> None:
         """SIGKILL and start again."""
         self.kill(name)
@@ -308,8 +314,7 @@ class Run:
     @contextlib.contextmanager
     def frozen(self, name: str, *, children: bool = True) -> Iterator[None]:
         """SIGSTOP a process, its children as well unless told otherwise, then SIGCONT."""
-        top = psutil.Process(self.stack.pid(name))
-        family = [top, *(top.children(recursive=True) if children else ())]
+        family = self.stack.family(name)[: None if children else 1]
         _signal(family, signal.SIGSTOP)
         try:
             yield

@@ -137,8 +137,7 @@ def flower(env: Mapping[str, str]) -> Http:
 @contextmanager
 def hanging(stack: Stack, name: str) -> Iterator[None]:
     """A process, and its children, stopped in the middle of what they do."""
-    top = psutil.Process(stack.pid(name))
-    family = [top, *top.children(recursive=True)]
+    family = stack.family(name)
     for process in family:
         process.send_signal(signal.SIGSTOP)
     # A signal is a request: what runs on another core may still answer somebody.

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import psutil
 import pytest
 import redis
 
@@ -80,9 +79,7 @@ def works_again(server: Http, seconds: float = 30) -> None:
 
 def family(own: Stack, *names: str) -> set[tuple[int, float]]:
     """The processes of these parts, with their children: ids, and moments of birth."""
-    parents = [psutil.Process(own.pid(name)) for name in names]
-    found = [*parents, *(child for one in parents for child in one.children(recursive=True))]
-    return {(one.pid, one.create_time()) for one in found}
+    return {(one.pid, one.create_time()) for name in names for one in own.family(name)}
 
 
 def refused(reply: Reply) -> bool:
@@ -227,14 +224,15 @@ def test_workers_side_by_side_share_the_work(own: Stack, server: Http) -> None:
         listed = until(
             lambda: flower(own.env).get("/api/workers?refresh=1").json(),
             20,
-            lambda found: len(found) == 2,
+            lambda found: len(found) == 4,
         )
         assert all(ended(server, job["id"])["status"] == "succeeded" for job in jobs)
     finally:
         own.stop("worker-1")
 
-    assert {name.partition("@")[0] for name in names} == {"default", "default-gpu1"}
-    assert listed.keys() == names
+    assert {name.partition("@")[0] for name in names} == {"default-batch", "default-gpu1-batch"}
+    # Each is a node for each lane.
+    assert listed.keys() == names | {name.replace("-batch@", "@") for name in names}
     # And one alone goes on with it.
     works_again(server)
     image = {"inputs": [tensor("image", "FP32", [0.0] * 64)]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -126,10 +127,16 @@ def test_what_follows_a_process_stands_back_for_it(make: Make, notes: Path) -> N
     (pid,) = until(lambda: started(notes), 20)
 
     assert psutil.Process(pid).nice() == min(19, psutil.Process().nice() + child.NICE)
+    weight = Path(f"/proc/{pid}/autogroup")
+    if weight.exists() and os.geteuid() == 0:
+        assert weight.read_text().split()[-1] == str(child.NICE)
 
 
-def test_what_follows_a_process_that_is_gone_ends_before_it_begins(make: Make, notes: Path) -> None:
-    one = make(FOLLOWS, "1")
-    until(lambda: one.lives, 20, lambda lives: lives > 1)
+def test_what_follows_a_process_that_is_gone_ends_before_it_begins(notes: Path) -> None:
+    orphan = subprocess.run(
+        [sys.executable, "-c", FOLLOWS, str(notes), "1"], capture_output=True, text=True, timeout=60
+    )
 
+    assert orphan.returncode == 1
+    assert "the worker ended" in orphan.stderr
     assert started(notes) == []
