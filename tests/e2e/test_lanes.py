@@ -15,6 +15,8 @@ from ops.embedded import Stack
 from tests.e2e.helpers import IDENTITY, Http, answered_ints, ended, hanging, ints, until
 
 pytestmark = pytest.mark.stack
+PARTS = ("gateway", "worker")
+"""What these tests stop."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 @pytest.fixture
 def server(own: Stack) -> Http:
     """The gateway of a stack that works, whatever the last test did to it."""
-    own.start()
+    own.start(only=PARTS)
     gateway = Http.of(own)
     until(lambda: answers(gateway), 30)
     return gateway
@@ -115,7 +117,7 @@ def test_a_worker_that_is_killed_takes_its_batch_lane_along(own: Stack, server: 
     batches.suspend()
     # It alone, not its process group, as the kernel does for want of memory.
     os.kill(own.pid("worker"), signal.SIGKILL)
-    until(lambda: gone(batches), 10)
+    until(lambda: not own.alive("worker") and gone(batches), 10)
 
 
 def test_a_worker_that_stops_lets_both_lanes_end_what_they_run(own: Stack, server: Http) -> None:
@@ -138,7 +140,7 @@ def test_a_worker_that_is_to_quit_takes_its_batch_lane_along_at_once(
     worker.send_signal(signal.SIGQUIT)
     until(lambda: not own.alive("worker"), 10)
     until(lambda: gone(batches), 10)
-    own.start()
+    own.start(only=("worker",))
 
     view = ended(server, job["id"], 40)
     assert (view["status"], view["attempts"]) == ("succeeded", 2)
